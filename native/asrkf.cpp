@@ -1,0 +1,168 @@
+// C boundary: check, catch, status, last error.
+#include "asrkf.h"
+
+#include "cache.h"
+
+#include <cstring>
+
+#ifndef ASRKF_VERSION
+#    define ASRKF_VERSION "0.1.0"
+#endif
+
+using namespace asrkf;
+
+namespace {
+
+template <typename Body> asrkf_status guarded(Body body) {
+    try {
+        body();
+        return ASRKF_OK;
+    } catch (const error & e) {
+        set_last_error(e.what());
+        return e.status;
+    } catch (const std::exception & e) {
+        set_last_error(e.what());
+    } catch (...) {
+        set_last_error("unknown failure");
+    }
+    return ASRKF_INTERNAL;
+}
+
+template <typename T> void need(const T * pointer, const char * name) {
+    if (!pointer) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("%s is NULL", name));
+    }
+}
+
+// A struct of the caller: not NULL, and of the size that this library was built with.
+template <typename T> void need_struct(const T * pointer, const char * name) {
+    need(pointer, name);
+    if (pointer->struct_size != sizeof(T)) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("%s->struct_size is %u, this library's is %zu: set it to sizeof, and rebuild against this asrkf.h",
+                name, pointer->struct_size, sizeof(T)));
+    }
+}
+
+engine & need_engine(llama_context * ctx) {
+    need(ctx, "ctx");
+    engine * found = engine_of(ctx);
+    if (!found) {
+        throw error(ASRKF_NO_POLICY, "this context runs upstream's KV cache: create it with a policy (asrkf_next_context, LLAMA_KV_POLICY or kv_policy)");
+    }
+    return *found;
+}
+
+} // namespace
+
+extern "C" {
+
+const char * asrkf_last_error(void) { return get_last_error(); }
+void         asrkf_clear_error(void) { set_last_error(""); }
+const char * asrkf_version(void) { return ASRKF_VERSION; }
+
+const char * asrkf_status_name(enum asrkf_status status) {
+    static const char * const names[] = { "ok", "invalid argument", "no policy", "protected", "pool full", "host limit", "unsupported", "move failed", "internal" };
+    return status >= ASRKF_OK && status <= ASRKF_INTERNAL ? names[status] : "unknown";
+}
+
+enum asrkf_status asrkf_config_default(int32_t policy, struct asrkf_config * out) {
+    return guarded([&] { need(out, "out"); *out = config_default(policy); });
+}
+
+enum asrkf_status asrkf_config_parse(const char * text, struct asrkf_config * out) {
+    return guarded([&] { need(text, "text"); need(out, "out"); *out = config_parse(text); });
+}
+
+enum asrkf_status asrkf_config_format(const struct asrkf_config * config, char * out, size_t size) {
+    return guarded([&] {
+        need_struct(config, "config");
+        need(out, "out");
+        config_check(*config);
+        const std::string text = config_format(*config);
+        if (text.size() >= size) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
+        }
+        std::memcpy(out, text.c_str(), text.size() + 1);
+    });
+}
+
+enum asrkf_status asrkf_config_field(size_t i, struct asrkf_field * out) {
+    return guarded([&] {
+        need_struct(out, "out");
+        if (i >= config_n_fields()) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("the table has %zu rows", config_n_fields()));
+        }
+        *out = config_field(i);
+    });
+}
+
+enum asrkf_status asrkf_next_context(const struct asrkf_config * config) {
+    return guarded([&] {
+        if (config) {
+            need_struct(config, "config");
+            config_check(*config);
+        }
+        set_next_config(config);
+    });
+}
+
+enum asrkf_status asrkf_freeze(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, uint64_t * out_tokens) {
+    return guarded([&] {
+        const uint64_t n = need_engine(ctx).freeze_range(ctx, seq_id, p0, p1);
+        if (out_tokens) {
+            *out_tokens = n;
+        }
+    });
+}
+
+enum asrkf_status asrkf_restore(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, uint64_t * out_tokens) {
+    return guarded([&] {
+        const uint64_t n = need_engine(ctx).restore_range(ctx, seq_id, p0, p1);
+        if (out_tokens) {
+            *out_tokens = n;
+        }
+    });
+}
+
+enum asrkf_status asrkf_pin(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
+    return guarded([&] { need_engine(ctx).pin_range(ctx, seq_id, p0, p1, true); });
+}
+
+enum asrkf_status asrkf_unpin(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
+    return guarded([&] { need_engine(ctx).pin_range(ctx, seq_id, p0, p1, false); });
+}
+
+enum asrkf_status asrkf_get_config(struct llama_context * ctx, struct asrkf_config * out) {
+    return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_config(); });
+}
+
+enum asrkf_status asrkf_get_stats(struct llama_context * ctx, struct asrkf_stats * out) {
+    return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_stats(ctx); });
+}
+
+enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out) {
+    return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_group_stats(group); });
+}
+
+enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
+    return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_tokens(group, out_pos, out_state, capacity); });
+}
+
+enum asrkf_status asrkf_get_rows(struct llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size) {
+    return guarded([&] { need(out, "out"); need_engine(ctx).get_rows(ctx, group, pos, static_cast<uint8_t *>(out), size); });
+}
+
+enum asrkf_status asrkf_trace(struct llama_context * ctx, struct asrkf_step * buffer, size_t capacity) {
+    return guarded([&] {
+        if (buffer && capacity == 0) {
+            throw error(ASRKF_INVALID_ARGUMENT, "capacity is 0");
+        }
+        need_engine(ctx).set_trace(buffer, capacity);
+    });
+}
+
+enum asrkf_status asrkf_trace_count(struct llama_context * ctx, uint64_t * out_n) {
+    return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_trace_count(); });
+}
+
+} // extern "C"

@@ -1,0 +1,1263 @@
+// The llama_memory_i that freezes: groups of layers, each with its own cells, pool, policy and host store, behind one
+// attention input (patches/README.md). This is the only file that includes llama.cpp's own headers.
+//
+// A step (ubatch) is placed when it is applied, not when its batch is split: programs use batches of 2048 tokens on
+// pools of that size. Placing a step is: fold the last scores in, decide, move, find slots. Everything that can fail
+// comes before the first change of a group's books, so a token is always in exactly one state.
+#include "cache.h"
+
+#include "host_store.h"
+#include "policy.h"
+#include "relevance.h"
+#include "row_mover.h"
+
+#include "llama-context.h"
+#include "llama-ext.h"
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <limits>
+#include <optional>
+
+namespace asrkf {
+
+namespace {
+
+thread_local std::optional<asrkf_config> next_config;
+thread_local std::string                 last_error;
+
+struct stopwatch {
+    explicit stopwatch(double & sum) : sum(sum), begin(std::chrono::steady_clock::now()) {}
+    ~stopwatch() { sum += seconds(); }
+    double seconds() const { return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count(); }
+    double &                                    sum;
+    const std::chrono::steady_clock::time_point begin;
+};
+
+// One group's cells and tensors: upstream's cache, whose cells we may also empty and fill one by one.
+class group_cache final : public llama_kv_cache {
+public:
+    using llama_kv_cache::llama_kv_cache;
+
+    const llama_kv_cells & cells() const { return v_cells[0]; }
+
+    // K and V of each layer; the order defines a token's bytes in the host store
+    std::vector<ggml_tensor *> row_tensors() const {
+        std::vector<ggml_tensor *> tensors;
+        for (const auto & layer : layers) {
+            tensors.push_back(layer.k);
+            tensors.push_back(layer.v);
+        }
+        return tensors;
+    }
+
+    uint64_t device_bytes() const {
+        uint64_t n_bytes = 0;
+        for (const auto & [buft, size] : memory_breakdown()) {
+            n_bytes += size;
+        }
+        return n_bytes;
+    }
+
+    void take_out(uint32_t cell) {
+        v_cells[0].rm(cell);
+        v_heads[0] = std::min(v_heads[0], cell); // the lowest free cell is used first: attention costs up to the highest
+    }
+
+    void put_back(uint32_t cell, llama_pos pos, const llama_kv_cell_ext & ext) {
+        v_cells[0].pos_set(cell, pos);
+        v_cells[0].ext_set(cell, ext);
+        v_cells[0].seq_add(cell, 0);
+    }
+
+    std::vector<uint32_t> free_cells(size_t n) const {
+        std::vector<uint32_t> result;
+        for (uint32_t i = 0; i < v_cells[0].size() && result.size() < n; ++i) {
+            if (v_cells[0].is_empty(i)) {
+                result.push_back(i);
+            }
+        }
+        return result;
+    }
+};
+
+// Where a token is in one group. Active: cell >= 0. With a host copy: slot >= 0. Never neither.
+struct place {
+    int32_t cell = -1;
+    int32_t slot = -1;
+};
+
+struct group {
+    std::vector<uint32_t>        layers;
+    std::vector<bool>            scores_layer;    // by layer
+    uint32_t                     n_score_layers = 0;
+    std::unique_ptr<group_cache> cache;
+    std::unique_ptr<policy>      rule;
+    std::unique_ptr<row_mover>   mover;           // null in a context without memory (no_alloc)
+    std::unique_ptr<host_store>  store;
+    std::vector<place>           places;          // by token
+    std::vector<int32_t>         token_of;        // by cell, -1: none
+    uint32_t                     n_sealed = 0;    // tokens in sealed blocks (staged moves only)
+
+    std::vector<float>           scores;          // by cell, read back from the last scoring step
+    std::string                  scores_name;     // of the tensor in the graph
+
+    // the side branch while a graph is being built
+    mutable ggml_cgraph * branch_graph  = nullptr;
+    mutable ggml_tensor * branch_sum    = nullptr;
+    mutable uint32_t      branch_layers = 0;
+};
+
+class memory;
+
+// What the graph code sees of one group for the current step.
+class group_context : public llama_kv_cache_context {
+public:
+    group_context(const memory & owner, group & g, std::vector<llama_ubatch> ubatches)
+        : llama_kv_cache_context(g.cache.get(), {}, std::move(ubatches)), owner(owner), g(g) {
+        sinfos.resize(this->ubatches.size()); // found when each step is placed
+    }
+    group_context(const memory & owner, group & g) : llama_kv_cache_context(g.cache.get()), scoring(true), owner(owner), g(g) {}
+
+    void set_slot(llama_kv_cache::slot_info slot) {
+        sinfos[i_cur] = std::move(slot);
+        n_kv          = kv->get_n_kv(sinfos[i_cur]);
+    }
+
+    uint32_t graph_key() const override { return scoring ? 1 : 0; }
+    void build_side_branch(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
+            float kq_scale, int32_t il) const override;
+
+    bool scoring = false; // this step's graph has the relevance branch
+
+protected:
+    const memory & owner;
+    group &        g;
+};
+
+// The context of the whole memory; it is group 0's, and holds the others'.
+class memory_context final : public group_context {
+public:
+    memory_context(memory & mem, std::vector<llama_ubatch> ubatches);
+    explicit memory_context(memory & mem); // worst case, for reserving compute buffers
+
+    bool next() override;
+    bool apply() override;
+    void on_computed(llama_context & lctx, const llm_graph_result & res) override;
+
+    uint32_t n_groups() const override { return 1 + uint32_t(others.size()); }
+    uint32_t group_of(int32_t il) const override;
+    const llama_kv_cache_context * get_group(uint32_t ig) const override { return ig == 0 ? this : others[ig - 1].get(); }
+
+    group_context & at(uint32_t ig) { return ig == 0 ? *this : *others[ig - 1]; }
+
+private:
+    memory & mem;
+    std::vector<std::unique_ptr<group_context>> others;
+};
+
+class memory final : public llama_memory_i, public engine {
+public:
+    memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config);
+
+    // llama_memory_i
+    llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
+    llama_memory_context_ptr init_full() override { return std::make_unique<memory_context>(*this); }
+    llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
+
+    bool get_can_shift() const override { return false; }
+
+    void clear(bool data) override;
+    bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
+    void seq_cp  (llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) override;
+    void seq_keep(llama_seq_id seq_id) override;
+    void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
+    void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
+
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override { return seq_id == 0 && n_tokens() > 0 ? first().rule->pos(0) : -1; }
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override { return seq_id == 0 && n_tokens() > 0 ? first().rule->pos(n_tokens() - 1) : -1; }
+
+    std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
+
+    void state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const override;
+    void state_read (llama_io_read_i  & io, llama_seq_id seq_id, llama_state_seq_flags flags) override;
+
+    // engine
+    uint64_t freeze_range (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) override;
+    uint64_t restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) override;
+    void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) override;
+    const asrkf_config & get_config() const override { return config; }
+    asrkf_stats       get_stats(llama_context * ctx) const override;
+    asrkf_group_stats get_group_stats(uint32_t index) const override;
+    size_t get_tokens(uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override;
+    void   get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t * out, size_t size) override;
+    void     set_trace(asrkf_step * buffer, size_t capacity) override { trace = buffer; trace_capacity = capacity; trace_count = 0; }
+    uint64_t get_trace_count() const override { return trace_count; }
+
+    // of the contexts
+    bool place_step(memory_context & mctx, const llama_ubatch & ubatch);
+    void read_scores(llama_context & lctx, const llm_graph_result & res);
+
+    const asrkf_config    config;
+    std::vector<group>    groups;
+    std::vector<uint32_t> group_of_layer;
+    const float           soft_cap;
+
+private:
+    const group & first() const { return groups[0]; }
+    uint32_t n_tokens() const { return uint32_t(exts.size()); }
+    uint32_t lower_bound(llama_pos pos) const;
+    std::pair<uint32_t, uint32_t> token_range(int32_t seq_id, int32_t p0, int32_t p1) const;
+    uint32_t n_pinned() const;
+    bool     is_pinned(llama_pos pos) const;
+    void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
+    void     check_host_limit(uint32_t n_new) const;
+
+    void synchronize();
+    void prepare_to_move();
+    void fold_scores_in();
+    void copy_to_host(group & g, const std::vector<uint32_t> & tokens);
+    void drop_cells(group & g, const std::vector<uint32_t> & tokens);
+    std::vector<uint32_t> copy_to_device(group & g, const std::vector<uint32_t> & tokens);
+    void fill_cells(group & g, const std::vector<uint32_t> & tokens, const std::vector<uint32_t> & cells);
+    void carry_out(group & g, const plan & p);
+    void seal(group & g, llama_pos pos_end);
+    void forget(uint32_t begin, uint32_t end);
+    void rebuild_from_cells();
+    void refuse(const std::string & text);
+
+    const llama_model & model;
+    const uint32_t      n_ctx;
+    const bool          no_alloc;
+
+    llama_context *                lctx = nullptr; // learnt at the first update, which every decode begins with
+    std::vector<llama_kv_cell_ext> exts;           // by token: what a cell holds beside its position
+    ranges                         pinned;
+    bool                           scores_pending = false;
+    std::string                    fault;          // why the next decode must fail, until clear()
+
+    host_budget  budget;
+    asrkf_stats  counters = {};
+    asrkf_step * trace          = nullptr;
+    size_t       trace_capacity = 0;
+    uint64_t     trace_count    = 0;
+};
+
+//
+// group_context, memory_context
+//
+
+void group_context::build_side_branch(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
+        float kq_scale, int32_t il) const {
+    if (!scoring || !g.scores_layer[size_t(il)]) {
+        return;
+    }
+    if (g.branch_graph != gf || g.branch_layers == g.n_score_layers) {
+        g.branch_graph  = gf;
+        g.branch_sum    = nullptr;
+        g.branch_layers = 0;
+    }
+    const attention_inputs in = { q, k, kq_mask, kq_scale, owner.soft_cap };
+    ggml_tensor * scores = build_relevance(ctx, in, g.rule->params.score, owner.config.score_queries);
+    g.branch_sum = g.branch_sum ? ggml_add(ctx, g.branch_sum, scores) : scores;
+    ggml_build_forward_expand(gf, g.branch_sum); // here, so that it runs beside this layer's attention and its memory is free again
+    if (++g.branch_layers == g.n_score_layers) {
+        g.branch_sum = ggml_scale(ctx, g.branch_sum, 1.0f / float(g.n_score_layers));
+        ggml_set_name(g.branch_sum, g.scores_name.c_str());
+        ggml_set_output(g.branch_sum);
+        ggml_build_forward_expand(gf, g.branch_sum);
+    }
+}
+
+memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches)
+    : group_context(mem, mem.groups[0], ubatches), mem(mem) {
+    for (size_t i = 1; i < mem.groups.size(); ++i) {
+        others.push_back(std::make_unique<group_context>(mem, mem.groups[i], ubatches));
+    }
+}
+
+memory_context::memory_context(memory & mem) : group_context(mem, mem.groups[0]), mem(mem) {
+    for (size_t i = 1; i < mem.groups.size(); ++i) {
+        others.push_back(std::make_unique<group_context>(mem, mem.groups[i]));
+    }
+}
+
+bool memory_context::next() {
+    bool more = group_context::next();
+    for (auto & other : others) {
+        other->next();
+    }
+    return more;
+}
+
+bool memory_context::apply() { return mem.place_step(*this, ubatches[i_cur]); }
+
+void memory_context::on_computed(llama_context & lctx, const llm_graph_result & res) {
+    if (scoring) {
+        mem.read_scores(lctx, res);
+    }
+}
+
+uint32_t memory_context::group_of(int32_t il) const { return mem.group_of_layer[size_t(il)]; }
+
+//
+// creation
+//
+
+[[noreturn]] void unsupported(const std::string & text) { throw error(ASRKF_UNSUPPORTED, text); }
+
+// Why this context cannot be served. Everything that runs through llm_graph_input_attn_kv on a plain cache can.
+void check_context(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    const auto & hparams = model.hparams;
+    const std::string arch = model.arch_name();
+    if (llm_arch_is_recurrent(model.arch)) {
+        unsupported(format("%s is a recurrent model: it has no KV cache to freeze; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (llm_arch_is_hybrid(model.arch)) {
+        unsupported(format("%s is a hybrid model (recurrent and attention layers), which the policy does not serve yet; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (llama_model_has_encoder(&model) || !llama_model_has_decoder(&model)) {
+        unsupported(format("%s has an encoder, which the policy does not serve; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (!cparams.causal_attn) {
+        unsupported(format("%s attends to later tokens too (encoder or diffusion model): a policy needs causal attention; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (hparams.is_mla()) {
+        unsupported(format("%s uses multi-head latent attention (MLA), whose cache has no V rows; use kv_policy=\"full\"", arch.c_str()));
+    }
+    switch (model.arch) {
+        case LLM_ARCH_MINIMAX_M3:
+        case LLM_ARCH_HY_V4:
+        case LLM_ARCH_DOTS3NOTE:
+        case LLM_ARCH_DEEPSEEK4:
+        case LLM_ARCH_DEEPSEEK32:
+        case LLM_ARCH_GLM_DSA:
+        case LLM_ARCH_GLM5_NEXT:
+            unsupported(format("%s has a sparse-attention cache of its own; use kv_policy=\"full\"", arch.c_str()));
+        default:
+            break;
+    }
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.is_swa_any()) {
+        unsupported(format("%s has sliding-window layers, which the policy does not serve yet; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (hparams.use_alibi) {
+        unsupported(format("%s uses ALiBi position biases; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (hparams.n_pos_per_embd() > 1 || hparams.ple_n_heads > 0) {
+        unsupported(format("%s has more than one position per token or embeds its neighbours; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (cparams.embeddings) {
+        unsupported("an embedding context has nothing to freeze: drop embedding=True, or use kv_policy=\"full\"");
+    }
+    if (cparams.n_seq_max > 1) {
+        unsupported(format("n_seq_max = %u: the policy serves one sequence; pass -np 1 (n_seq_max=1)", cparams.n_seq_max));
+    }
+    if (!cparams.flash_attn) {
+        unsupported("flash attention is off, and then V is stored transposed: pass flash_attn=True (-fa on)");
+    }
+    if (params.mem_other) {
+        unsupported("a context that shares another context's cells cannot have a policy; use kv_policy=\"full\"");
+    }
+}
+
+// What flash attention on the layer's device does not take is refused here, not computed on the CPU in silence.
+void check_cache_types(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, uint32_t il) {
+    const auto & hparams = model.hparams;
+    for (const auto & [type, n_head_dim, name] : { std::tuple(params.type_k, hparams.n_embd_head_k(il), "K"), std::tuple(params.type_v, hparams.n_embd_head_v(il), "V") }) {
+        if (n_head_dim % uint32_t(ggml_blck_size(type)) != 0) {
+            unsupported(format("%s cache type %s has blocks of %d, which do not divide the head size %u", name, ggml_type_name(type), int(ggml_blck_size(type)), n_head_dim));
+        }
+    }
+    ggml_backend_dev_t dev = cparams.offload_kqv ? model.dev_layer(int(il)) : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    ggml_init_params init = { 8*ggml_tensor_overhead(), nullptr, true };
+    ggml_context_ptr holder(ggml_init(init));
+    ggml_context * ctx = holder.get();
+    const int64_t n_kv = POOL_PAD_CELLS;
+    ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, hparams.n_embd_head_k(il), 1, hparams.n_head(il));
+    ggml_tensor * k = ggml_new_tensor_3d(ctx, params.type_k, hparams.n_embd_head_k(il), n_kv, hparams.n_head_kv(il));
+    ggml_tensor * v = ggml_new_tensor_3d(ctx, params.type_v, hparams.n_embd_head_v(il), n_kv, hparams.n_head_kv(il));
+    ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, 1);
+    ggml_tensor * op = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
+    ggml_prec_set_acc(op, GGML_PREC_F32);
+    if (dev && !ggml_backend_dev_supports_op(dev, op)) {
+        unsupported(format("flash attention on %s does not take a K cache of type %s with a V cache of type %s: use f16, q8_0 or q4_0 for both",
+                ggml_backend_dev_name(dev), ggml_type_name(params.type_k), ggml_type_name(params.type_v)));
+    }
+}
+
+memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
+    : config(config), soft_cap(model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f),
+      model(model), n_ctx(cparams.n_ctx_seq), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)) {
+    const auto & hparams = model.hparams;
+    const uint32_t n_layer = hparams.n_layer_all;
+
+    // layers of a draft head (NextN) are never attended by the main graph
+    const bool has_draft_layers = hparams.n_layer_nextn > 0 && hparams.n_layer() > 0 && hparams.router_layer < 0;
+    std::vector<uint32_t> layers;
+    uint64_t token_bytes = 0;
+    for (uint32_t il = 0; il < (has_draft_layers ? hparams.n_layer() : n_layer); ++il) {
+        if (hparams.has_kv(il)) {
+            layers.push_back(il);
+            token_bytes += ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il));
+        }
+    }
+    check_cache_types(model, params, cparams, layers.at(0));
+
+    group_of_layer.assign(n_layer, 0);
+    const auto specs = parse_groups(config.layers);
+    if (specs.empty()) {
+        groups.resize(1);
+        groups[0].layers = layers;
+        groups[0].rule   = std::make_unique<policy>(make_policy_params(config, resolve_pool(config, n_ctx, token_bytes)));
+    } else {
+        std::vector<bool> taken(n_layer, false);
+        for (const auto & spec : specs) {
+            groups.emplace_back();
+            for (const auto & [from, to] : spec.layers) {
+                for (int32_t il = from; il <= to; ++il) {
+                    if (il >= int32_t(n_layer) || !std::count(layers.begin(), layers.end(), uint32_t(il)) || taken[size_t(il)]) {
+                        throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %d %s", config.layers, il,
+                                il < int32_t(n_layer) && taken[size_t(il)] ? "is in two groups" : "has no KV cache in this model"));
+                    }
+                    taken[size_t(il)] = true;
+                    groups.back().layers.push_back(uint32_t(il));
+                    group_of_layer[size_t(il)] = uint32_t(groups.size() - 1);
+                }
+            }
+            asrkf_config own = config;
+            own.pool_cells = spec.pool_cells;
+            groups.back().rule = std::make_unique<policy>(make_policy_params(own, resolve_pool(own, n_ctx, token_bytes)));
+        }
+        for (const uint32_t il : layers) {
+            if (!taken[il]) {
+                throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %u is in no group", config.layers, il));
+            }
+        }
+    }
+
+    // refuse before anything is allocated
+    for (const group & g : groups) {
+        check_pool(g, cparams.n_ubatch, n_pinned());
+    }
+
+    budget.limit_bytes = config.host_limit;
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        group & g = groups[ig];
+        const uint32_t pool_cells = g.rule->params.pool_cells;
+        const auto filter = [&](int32_t il) { return std::count(g.layers.begin(), g.layers.end(), uint32_t(il)) > 0; };
+        const std::string tag = groups.size() == 1 ? "" : "g" + std::to_string(ig) + "_";
+        g.cache = std::make_unique<group_cache>(model, hparams, params.type_k, params.type_v, /*v_trans*/ false, cparams.offload_kqv,
+                /*unified*/ true, pool_cells, /*n_seq_max*/ 1, /*n_pad*/ 1, /*n_swa*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
+        g.token_of.assign(pool_cells, -1);
+        g.scores_name = "asrkf_scores_" + std::to_string(ig);
+
+        g.scores_layer.assign(n_layer, false);
+        if (g.rule->params.wants_scores()) {
+            if (std::strcmp(config.score_layers, "auto") == 0) {
+                const size_t n = std::min<size_t>(4, g.layers.size());
+                for (size_t i = 0; i < n; ++i) {
+                    g.scores_layer[g.layers[(2*i + 1)*g.layers.size() / (2*n)]] = true;
+                }
+            } else {
+                for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
+                    for (int32_t il = from; il <= to; ++il) {
+                        if (il >= int32_t(n_layer)) {
+                            throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: the model has %u layers", config.score_layers, n_layer));
+                        }
+                        g.scores_layer[size_t(il)] = g.scores_layer[size_t(il)] || filter(il);
+                    }
+                }
+            }
+            g.n_score_layers = uint32_t(std::count(g.scores_layer.begin(), g.scores_layer.end(), true));
+            if (g.n_score_layers == 0) {
+                throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s names no layer of group %zu (\"%s\")", config.score_layers, ig, config.layers));
+            }
+        }
+
+        if (!no_alloc) {
+            g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
+            ggml_backend_dev_t dev = g.mover->is_staged() ? model.dev_layer(int(g.layers[0])) : nullptr;
+            ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
+            g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft ? buft : ggml_backend_cpu_buffer_type(), budget);
+        }
+        LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, window %u, steps of at most %u tokens\n", __func__,
+                policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
+    }
+}
+
+void memory::check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const {
+    const policy_params & p = g.rule->params;
+    const uint64_t required = policy::required_cells(p, n_ubatch, pinned_tokens);
+    if (required > p.pool_cells) {
+        // an automatic window is half of the pool, so the rest has to fit into the other half
+        const uint64_t least = config.window ? required : 2*(required - p.window);
+        const uint64_t least_padded = (least + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS;
+        throw error(ASRKF_POOL_FULL, format("pool of %u cells cannot hold sinks %u + window %u + pinned %u + batch %u + two blocks of %u: raise kv_pool to at least %llu or lower %s",
+                p.pool_cells, p.sinks, p.window, pinned_tokens, std::min(n_ubatch, p.block), p.block, (unsigned long long) least_padded, config.window ? "window" : "the pinned ranges"));
+    }
+}
+
+llama_memory_i * create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    try {
+        if (params.mem_other && dynamic_cast<memory *>(params.mem_other)) {
+            unsupported("a draft that shares the cells of its target cannot be used while the target has a policy; use kv_policy=\"full\"");
+        }
+        if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
+            return nullptr; // not the user's context: the head of a draft
+        }
+        std::optional<asrkf_config> config = next_config;
+        if (!model.hparams.no_alloc) {
+            next_config.reset(); // consumed, whatever comes of it; a trial without memory only looks
+        }
+        if (!config) {
+            const char * text = getenv("LLAMA_KV_POLICY");
+            if (!text || !*text) {
+                return nullptr;
+            }
+            config = config_parse(text);
+        }
+        if (config->policy == ASRKF_POLICY_FULL) {
+            return nullptr;
+        }
+        check_context(model, params, cparams);
+        return new memory(model, params, cparams, *config);
+    } catch (const std::exception & e) {
+        set_last_error(e.what());
+        throw;
+    }
+}
+
+const bool registered = [] { llama_memory_factory_ext = create; return true; }();
+
+//
+// batches
+//
+
+llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
+    try {
+        if (!fault.empty()) {
+            unsupported(fault);
+        }
+        uint32_t n_step = n_ubatch;
+        for (const group & g : groups) {
+            n_step = std::min(n_step, g.rule->max_ubatch());
+        }
+        if (n_tokens() + balloc.get_n_tokens() > n_ctx) {
+            throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and %u new ones do not fit into n_ctx %u", n_tokens(), balloc.get_n_tokens(), n_ctx));
+        }
+        check_host_limit(balloc.get_n_tokens());
+
+        balloc.split_reset();
+        std::vector<llama_ubatch> ubatches;
+        for (llama_ubatch ubatch = balloc.split_simple(n_step); ubatch.n_tokens > 0; ubatch = balloc.split_simple(n_step)) {
+            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+                if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0) {
+                    unsupported("a batch names a sequence other than 0: the policy serves one sequence; pass -np 1");
+                }
+            }
+            ubatches.push_back(std::move(ubatch));
+        }
+        if (ubatches.empty()) {
+            throw error(ASRKF_INTERNAL, "the batch could not be split");
+        }
+        return std::make_unique<memory_context>(*this, std::move(ubatches));
+    } catch (const std::exception & e) {
+        refuse(e.what());
+        return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+}
+
+llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimize*/) {
+    if (!lctx) {
+        lctx = ctx;
+        if (!ctx->get_cparams().flash_attn) { // "auto" has been resolved by now
+            fault = "flash attention resolved to off on this device: use a cache type that it supports, or kv_policy=\"full\"";
+        }
+    }
+    return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
+}
+
+// Refuse a batch that cannot end within host_limit before its first step: the store needs at least this much.
+void memory::check_host_limit(uint32_t n_new) const {
+    if (!budget.limit_bytes || no_alloc) {
+        return;
+    }
+    uint64_t needed_bytes = 0;
+    for (const group & g : groups) {
+        const uint32_t keeps = g.rule->params.pool_cells; // never copied at the same time as active, when moved
+        const uint64_t total = uint64_t(n_tokens()) + n_new;
+        needed_bytes += (total > keeps ? total - keeps : 0)*g.mover->token_bytes();
+    }
+    if (needed_bytes > budget.limit_bytes) {
+        throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes cannot hold what must be frozen for %u more tokens (at least %llu bytes): "
+                "raise host_limit, raise kv_pool, or remove tokens", (unsigned long long) budget.limit_bytes, n_new, (unsigned long long) needed_bytes));
+    }
+}
+
+bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
+    try {
+        const uint32_t  n       = ubatch.n_tokens;
+        const llama_pos pos_new = ubatch.pos[0];
+        const uint64_t  freezes = counters.freezes_total, restores = counters.restores_timer_total + counters.restores_window_total + counters.restores_refill_total;
+        const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
+
+        fold_scores_in();
+        std::vector<plan> plans;
+        {
+            stopwatch watch(counters.policy_seconds);
+            for (const group & g : groups) {
+                plans.push_back(g.rule->decide(n, pos_new));
+            }
+        }
+        {
+            stopwatch watch(counters.moves_seconds);
+            for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
+                const auto & freeze = plans[ig].freeze;
+                if (!freeze.empty()) {
+                    const auto & places = groups[ig].places;
+                    groups[ig].store->reserve(size_t(std::count_if(freeze.begin(), freeze.end(), [&](uint32_t i) { return places[i].slot < 0; })));
+                }
+            }
+            for (size_t ig = 0; ig < groups.size(); ++ig) {
+                carry_out(groups[ig], plans[ig]);
+                seal(groups[ig], pos_new + llama_pos(n));
+            }
+        }
+
+        std::vector<llama_kv_cache::slot_info> slots;
+        for (const group & g : groups) {
+            slots.push_back(g.cache->find_slot(ubatch, false));
+            if (slots.back().empty()) {
+                throw error(ASRKF_INTERNAL, format("no %u free cells after a decision (%u of %u used)", n, g.cache->cells().get_used(), g.cache->get_size()));
+            }
+        }
+
+        bool scoring = false;
+        for (const group & g : groups) {
+            scoring |= g.rule->scores_due(n);
+        }
+        for (uint32_t i = 0; i < n; ++i) {
+            llama_kv_cell_ext ext;
+            ext.tok = ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL;
+            exts.push_back(ext);
+        }
+        for (uint32_t ig = 0; ig < groups.size(); ++ig) {
+            group & g = groups[ig];
+            g.cache->apply_ubatch(slots[ig], ubatch);
+            for (uint32_t i = 0; i < n; ++i) {
+                const uint32_t cell = slots[ig].idxs[0][i];
+                g.token_of[cell] = int32_t(g.places.size());
+                g.places.push_back({ int32_t(cell), -1 });
+                g.rule->append(ubatch.pos[i]);
+                if (is_pinned(ubatch.pos[i])) {
+                    g.rule->set_pinned(g.rule->n_tokens() - 1, true);
+                }
+            }
+            g.rule->advance(n, scoring);
+            mctx.at(ig).set_slot(std::move(slots[ig]));
+            mctx.at(ig).scoring = scoring;
+        }
+
+        counters.scoring_steps_total += scoring;
+        if (trace) {
+            asrkf_step & step = trace[trace_count++ % trace_capacity];
+            step = { counters.steps_total, pos_new, n, first().rule->n_active(), first().rule->n_frozen(), uint32_t(counters.freezes_total - freezes),
+                uint32_t(counters.restores_timer_total + counters.restores_window_total + counters.restores_refill_total - restores), scoring,
+                float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) };
+        }
+        counters.steps_total++;
+        return true;
+    } catch (const std::exception & e) {
+        refuse(e.what());
+        return false;
+    }
+}
+
+//
+// scores
+//
+
+void memory::read_scores(llama_context & ctx, const llm_graph_result & res) {
+    stopwatch watch(counters.scoring_seconds);
+    ggml_backend_sched_t sched = ctx.get_sched();
+    for (group & g : groups) {
+        ggml_tensor * scores = g.n_score_layers ? ggml_get_tensor(res.get_ctx(), g.scores_name.c_str()) : nullptr;
+        if (!scores) {
+            g.scores.clear();
+            continue;
+        }
+        g.scores.resize(size_t(scores->ne[0]));
+        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, g.scores.data(), 0, ggml_nbytes(scores));
+    }
+    scores_pending = true;
+}
+
+// The scores arrive with the logits of their step; by the next one the caller has usually waited for those.
+void memory::fold_scores_in() {
+    if (!scores_pending) {
+        return;
+    }
+    stopwatch watch(counters.scoring_seconds);
+    scores_pending = false;
+    synchronize();
+    for (group & g : groups) {
+        for (size_t cell = 0; cell < g.scores.size(); ++cell) {
+            if (g.token_of[cell] >= 0) {
+                g.rule->observe(uint32_t(g.token_of[cell]), g.scores[cell]);
+            }
+        }
+    }
+}
+
+//
+// moves
+//
+
+// Not llama_synchronize(): that one counts tokens. CUDA's set and get use another stream than compute.
+void memory::synchronize() { ggml_backend_sched_synchronize(lctx->get_sched()); }
+
+// Moves run on the backends that compute the graphs, but not through their scheduler.
+void memory::prepare_to_move() {
+    synchronize();
+    ggml_backend_sched_t sched = lctx->get_sched();
+    for (group & g : groups) {
+        if (!g.mover->is_attached()) {
+            std::vector<ggml_backend_t> backends;
+            for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+                backends.push_back(ggml_backend_sched_get_backend(sched, i));
+            }
+            g.mover->attach(backends);
+        }
+    }
+}
+
+// Give every one of these active tokens a host copy; throws with nothing changed.
+void memory::copy_to_host(group & g, const std::vector<uint32_t> & tokens) {
+    std::vector<uint32_t> wanted, cells, slots;
+    for (const uint32_t i : tokens) {
+        if (g.places[i].slot < 0) {
+            wanted.push_back(i);
+            cells.push_back(uint32_t(g.places[i].cell));
+        }
+    }
+    if (wanted.empty()) {
+        return;
+    }
+    g.store->reserve(wanted.size());
+    std::vector<uint8_t *> hosts;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        slots.push_back(g.store->acquire());
+        hosts.push_back(g.store->data(slots.back()));
+    }
+    try {
+        g.mover->get(cells.data(), hosts.data(), cells.size());
+    } catch (...) {
+        for (const uint32_t slot : slots) {
+            g.store->release(slot);
+        }
+        throw;
+    }
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        g.places[wanted[i]].slot = int32_t(slots[i]);
+    }
+    counters.moved_to_host_bytes += wanted.size()*g.mover->token_bytes();
+    counters.moves_to_host_total++;
+}
+
+void memory::drop_cells(group & g, const std::vector<uint32_t> & tokens) {
+    for (const uint32_t i : tokens) {
+        const uint32_t cell = uint32_t(g.places[i].cell);
+        g.cache->take_out(cell);
+        g.token_of[cell]  = -1;
+        g.places[i].cell = -1;
+    }
+    counters.freezes_total += tokens.size();
+}
+
+// The bytes of these frozen tokens into free cells, which are returned; fill_cells() then makes them active.
+std::vector<uint32_t> memory::copy_to_device(group & g, const std::vector<uint32_t> & tokens) {
+    const std::vector<uint32_t> cells = g.cache->free_cells(tokens.size());
+    if (cells.size() < tokens.size()) {
+        throw error(ASRKF_POOL_FULL, format("pool of %u cells has %zu free, %zu tokens are to be restored: freeze others first, or raise kv_pool",
+                g.cache->get_size(), cells.size(), tokens.size()));
+    }
+    std::vector<const uint8_t *> hosts;
+    for (const uint32_t i : tokens) {
+        hosts.push_back(g.store->data(uint32_t(g.places[i].slot)));
+    }
+    g.mover->set(cells.data(), hosts.data(), cells.size());
+    if (!cells.empty()) {
+        counters.moved_to_device_bytes += cells.size()*g.mover->token_bytes();
+        counters.moves_to_device_total++;
+    }
+    return cells;
+}
+
+void memory::fill_cells(group & g, const std::vector<uint32_t> & tokens, const std::vector<uint32_t> & cells) {
+    for (size_t i = 0; i < tokens.size(); ++i) {
+        place & p = g.places[tokens[i]];
+        g.cache->put_back(cells[i], g.rule->pos(tokens[i]), exts[tokens[i]]);
+        g.token_of[cells[i]] = int32_t(tokens[i]);
+        p.cell = int32_t(cells[i]);
+        if (!g.mover->is_staged()) { // host memory on both sides: a second copy would only cost RAM
+            g.store->release(uint32_t(p.slot));
+            p.slot = -1;
+        }
+    }
+}
+
+void memory::carry_out(group & g, const plan & p) {
+    if (!p.decided) {
+        return;
+    }
+    if (!p.freeze.empty() || !p.restore.empty()) {
+        prepare_to_move();
+        std::vector<uint32_t> back;
+        for (const restoration & r : p.restore) {
+            back.push_back(r.token);
+        }
+        copy_to_host(g, p.freeze);
+        drop_cells(g, p.freeze);
+        try {
+            fill_cells(g, back, copy_to_device(g, back));
+        } catch (...) { // what was frozen is safe on the host: book it, and leave the rest for the next step
+            plan frozen_only = p;
+            frozen_only.restore.clear();
+            g.rule->commit(frozen_only);
+            g.rule->recheck();
+            throw;
+        }
+        for (const restoration & r : p.restore) {
+            (r.why == cause::timer ? counters.restores_timer_total : r.why == cause::window ? counters.restores_window_total : counters.restores_refill_total)++;
+        }
+    }
+    g.rule->commit(p);
+    counters.decisions_total++;
+}
+
+// Where rows have to cross to another memory, a block is copied once, when it leaves the window and its bytes cannot
+// change any more; freezing its tokens later moves nothing.
+void memory::seal(group & g, llama_pos pos_end) {
+    if (!g.mover->is_staged() || n_ctx <= g.rule->params.pool_cells) {
+        return;
+    }
+    const uint32_t block = g.rule->params.block;
+    const llama_pos window_start = pos_end - llama_pos(g.rule->params.window);
+    std::vector<uint32_t> tokens;
+    while (g.n_sealed + block <= n_tokens() && g.rule->pos(g.n_sealed + block - 1) < window_start) {
+        for (uint32_t i = g.n_sealed; i < g.n_sealed + block; ++i) {
+            if (g.places[i].slot < 0) {
+                tokens.push_back(i);
+            }
+        }
+        g.n_sealed += block;
+    }
+    if (!tokens.empty()) {
+        prepare_to_move();
+        copy_to_host(g, tokens);
+    }
+}
+
+//
+// explicit requests
+//
+
+uint32_t memory::lower_bound(llama_pos pos) const {
+    uint32_t begin = 0, end = n_tokens();
+    while (begin < end) {
+        const uint32_t middle = begin + (end - begin)/2;
+        if (first().rule->pos(middle) < pos) {
+            begin = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return begin;
+}
+
+std::pair<uint32_t, uint32_t> memory::token_range(int32_t seq_id, int32_t p0, int32_t p1) const {
+    if (seq_id != 0) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("sequence %d: the policy serves sequence 0 only", seq_id));
+    }
+    p1 = p1 < 0 ? std::numeric_limits<int32_t>::max() : p1;
+    if (p0 < 0 || p0 > p1) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("[%d, %d) is not a range of positions", p0, p1));
+    }
+    return { lower_bound(p0), lower_bound(p1) };
+}
+
+uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
+    const auto [begin, end] = token_range(seq_id, p0, p1);
+    lctx = ctx;
+    const llama_pos pos_end = seq_pos_max(0) + 1;
+    for (const group & g : groups) {
+        for (uint32_t i = begin; i < end; ++i) {
+            if (g.rule->is_protected(i, pos_end)) {
+                throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
+                        g.rule->pos(i), g.rule->params.sinks, pos_end - llama_pos(g.rule->params.window)));
+            }
+        }
+    }
+    fold_scores_in();
+    prepare_to_move();
+    stopwatch watch(counters.moves_seconds);
+    std::vector<std::vector<uint32_t>> chosen(groups.size());
+    uint64_t n = 0;
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        for (uint32_t i = begin; i < end; ++i) {
+            if (groups[ig].places[i].cell >= 0) {
+                chosen[ig].push_back(i);
+            }
+        }
+        copy_to_host(groups[ig], chosen[ig]);
+        n += chosen[ig].size();
+    }
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        drop_cells(groups[ig], chosen[ig]);
+        for (uint32_t i = begin; i < end; ++i) {
+            groups[ig].rule->set_frozen(i, true, true);
+        }
+    }
+    return n;
+}
+
+uint64_t memory::restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
+    const auto [begin, end] = token_range(seq_id, p0, p1);
+    lctx = ctx;
+    fold_scores_in();
+    prepare_to_move();
+    stopwatch watch(counters.moves_seconds);
+    std::vector<std::vector<uint32_t>> chosen(groups.size()), cells(groups.size());
+    uint64_t n = 0;
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        for (uint32_t i = begin; i < end; ++i) {
+            if (groups[ig].places[i].cell < 0) {
+                chosen[ig].push_back(i);
+            }
+        }
+        cells[ig] = copy_to_device(groups[ig], chosen[ig]);
+        n += chosen[ig].size();
+    }
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        fill_cells(groups[ig], chosen[ig], cells[ig]);
+        for (const uint32_t i : chosen[ig]) {
+            groups[ig].rule->set_frozen(i, false, false);
+        }
+    }
+    counters.restores_request_total += n;
+    return n;
+}
+
+uint32_t memory::n_pinned() const {
+    uint64_t n = 0;
+    for (const auto & [from, to] : pinned) {
+        n += uint64_t(to - from);
+    }
+    return uint32_t(std::min<uint64_t>(n, std::numeric_limits<uint32_t>::max()));
+}
+
+bool memory::is_pinned(llama_pos pos) const {
+    return std::any_of(pinned.begin(), pinned.end(), [&](const auto & range) { return pos >= range.first && pos < range.second; });
+}
+
+void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pin) {
+    token_range(seq_id, p0, p1); // checks
+    lctx = ctx;
+    p1 = p1 < 0 ? seq_pos_max(0) + 1 : p1;
+    ranges before = pinned, after;
+    for (const auto & [from, to] : pinned) { // what remains of the ranges outside [p0, p1)
+        if (from < p0) {
+            after.emplace_back(from, std::min(to, p0));
+        }
+        if (to > p1) {
+            after.emplace_back(std::max(from, p1), to);
+        }
+    }
+    if (pin && p1 > p0) {
+        after.emplace_back(p0, p1);
+    }
+    pinned = after;
+    try {
+        for (const group & g : groups) {
+            check_pool(g, g.rule->params.block, n_pinned());
+        }
+    } catch (...) {
+        pinned = before;
+        throw;
+    }
+    for (group & g : groups) {
+        for (uint32_t i = lower_bound(p0); i < lower_bound(p1); ++i) {
+            g.rule->set_pinned(i, pin);
+        }
+    }
+}
+
+//
+// sequence operations: frozen tokens are part of the sequence
+//
+
+void memory::forget(uint32_t begin, uint32_t end) {
+    scores_pending = false; // they belong to cells that may change hands
+    for (group & g : groups) {
+        for (uint32_t i = begin; i < end; ++i) {
+            const place & p = g.places[i];
+            if (p.cell >= 0) {
+                g.cache->take_out(uint32_t(p.cell));
+                g.token_of[size_t(p.cell)] = -1;
+            }
+            if (p.slot >= 0) {
+                g.store->release(uint32_t(p.slot));
+            }
+        }
+        g.places.erase(g.places.begin() + begin, g.places.begin() + end);
+        g.rule->erase(begin, end);
+        g.n_sealed = std::min(g.n_sealed, begin / g.rule->params.block * g.rule->params.block);
+        for (uint32_t i = begin; i < g.places.size(); ++i) {
+            if (g.places[i].cell >= 0) {
+                g.token_of[size_t(g.places[i].cell)] = int32_t(i);
+            }
+        }
+        if (g.places.empty()) { // timers and host memory of a sequence that is gone
+            g.rule->clear();
+            if (g.store) {
+                g.store->clear();
+            }
+        }
+    }
+    exts.erase(exts.begin() + begin, exts.begin() + end);
+}
+
+bool memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
+    p0 = std::max(p0, 0);
+    p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
+    if (seq_id > 0 || n_tokens() == 0 || p0 > seq_pos_max(0)) { // llama-cpp-python asks before every token
+        return true;
+    }
+    const uint32_t begin = lower_bound(p0), end = lower_bound(p1);
+    if (begin < end) {
+        forget(begin, end);
+    }
+    return true;
+}
+
+void memory::seq_keep(llama_seq_id seq_id) {
+    if (seq_id != 0) {
+        seq_rm(-1, -1, -1);
+    }
+}
+
+// These return nothing, so the next decode says it; clear() takes it back. Never a cache that is silently wrong.
+void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos, llama_pos) {
+    if (src != dst) {
+        refuse(fault = "a sequence was copied: the policy serves one sequence; pass -np 1, or use kv_policy=\"full\"");
+    }
+}
+
+void memory::seq_add(llama_seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    if (shift != 0 && p0 != p1) {
+        refuse(fault = "positions were shifted (context shift), which the policy does not serve yet: turn context shift off, or use kv_policy=\"full\"");
+    }
+}
+
+void memory::seq_div(llama_seq_id, llama_pos p0, llama_pos p1, int d) {
+    if (d != 1 && p0 != p1) {
+        refuse(fault = "positions were divided (self-extend), which the policy does not serve: use kv_policy=\"full\"");
+    }
+}
+
+void memory::clear(bool data) {
+    if (n_tokens() > 0) {
+        forget(0, n_tokens());
+    }
+    for (group & g : groups) {
+        g.cache->clear(data);
+        g.rule->clear();
+    }
+    counters          = {};
+    budget.peak_bytes = budget.used_bytes;
+    fault.clear();
+    if (lctx && !lctx->get_cparams().flash_attn) {
+        lctx = nullptr; // have the next update find the fault again
+    }
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> sum;
+    for (const group & g : groups) {
+        for (const auto & [buft, size] : g.cache->memory_breakdown()) {
+            sum[buft] += size;
+        }
+    }
+    return sum;
+}
+
+//
+// state: upstream's bytes while nothing is frozen, an error otherwise - never a part of the sequence
+//
+
+void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
+    uint32_t n_frozen = 0;
+    for (const group & g : groups) {
+        n_frozen += g.rule->n_frozen();
+    }
+    std::string text;
+    if (n_frozen > 0) {
+        text = format("the state cannot be saved while tokens are frozen (%u cells): a pool that holds the whole sequence can", n_frozen);
+    } else if (groups.size() > 1) {
+        text = "the state of a cache with several layer groups cannot be saved yet: use layers=shared";
+    }
+    if (!text.empty()) {
+        set_last_error(text);
+        unsupported(text);
+    }
+    first().cache->state_write(io, seq_id, flags);
+}
+
+void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    if (groups.size() > 1) {
+        const std::string text = "a state cannot be loaded into a cache with several layer groups yet: use layers=shared";
+        set_last_error(text);
+        unsupported(text);
+    }
+    if (seq_id > 0) {
+        const std::string text = format("sequence %d: the policy serves sequence 0 only", seq_id);
+        set_last_error(text);
+        unsupported(text);
+    }
+    // upstream, too, gives up what was there before it reads
+    if (n_tokens() > 0) {
+        forget(0, n_tokens());
+    }
+    try {
+        groups[0].cache->state_read(io, seq_id, flags);
+    } catch (const std::exception & e) {
+        set_last_error(format("the state could not be loaded into a pool of %u cells: %s", groups[0].cache->get_size(), e.what()));
+        rebuild_from_cells();
+        throw;
+    }
+    rebuild_from_cells();
+}
+
+void memory::rebuild_from_cells() {
+    group & g = groups[0];
+    g.places.clear();
+    g.rule->clear();
+    exts.clear();
+    std::fill(g.token_of.begin(), g.token_of.end(), -1);
+    for (const auto & [pos, cell] : g.cache->cells().seq_pos_get(0)) {
+        g.token_of[cell] = int32_t(g.places.size());
+        g.places.push_back({ int32_t(cell), -1 });
+        g.rule->append(pos);
+        g.rule->set_pinned(g.rule->n_tokens() - 1, is_pinned(pos));
+        exts.push_back(g.cache->cells().ext_get(cell));
+    }
+}
+
+//
+// what can be seen
+//
+
+void memory::refuse(const std::string & text) {
+    set_last_error(text);
+    LLAMA_LOG_ERROR("asrkf: %s\n", text.c_str());
+}
+
+asrkf_stats memory::get_stats(llama_context * ctx) const {
+    asrkf_stats s = counters;
+    s.struct_size        = sizeof(s);
+    s.policy             = config.policy;
+    s.n_groups           = uint32_t(groups.size());
+    s.pool_cells         = first().rule->params.pool_cells;
+    s.active_cells       = first().rule->n_active();
+    s.frozen_cells       = first().rule->n_frozen();
+    s.tokens             = n_tokens();
+    s.host_kv_bytes      = budget.used_bytes;
+    s.host_kv_peak_bytes = budget.peak_bytes;
+    for (const group & g : groups) {
+        s.device_kv_bytes      += g.cache->device_bytes();
+        s.device_staging_bytes += g.mover ? g.mover->staging_bytes() : 0;
+    }
+    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+        s.device_compute_bytes += data.context > 0 ? data.compute : 0;
+    }
+    return s;
+}
+
+asrkf_group_stats memory::get_group_stats(uint32_t index) const {
+    if (index >= groups.size()) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("group %u: there are %zu", index, groups.size()));
+    }
+    const group & g = groups[index];
+    asrkf_group_stats s = {};
+    s.struct_size         = sizeof(s);
+    s.n_layers            = uint32_t(g.layers.size());
+    s.pool_cells          = g.rule->params.pool_cells;
+    s.window              = g.rule->params.window;
+    s.max_ubatch          = g.rule->max_ubatch();
+    s.active_cells        = g.cache->cells().get_used();
+    s.active_copied_cells = uint32_t(std::count_if(g.places.begin(), g.places.end(), [](const place & p) { return p.cell >= 0 && p.slot >= 0; }));
+    s.frozen_cells        = uint32_t(std::count_if(g.places.begin(), g.places.end(), [](const place & p) { return p.cell < 0 && p.slot >= 0; }));
+    s.token_bytes         = g.mover ? g.mover->token_bytes() : 0;
+    s.device_kv_bytes     = g.cache->device_bytes();
+    return s;
+}
+
+size_t memory::get_tokens(uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const {
+    if (index >= groups.size()) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("group %u: there are %zu", index, groups.size()));
+    }
+    const group & g = groups[index];
+    for (size_t i = 0; i < std::min<size_t>(capacity, n_tokens()); ++i) {
+        if (out_pos) {
+            out_pos[i] = g.rule->pos(uint32_t(i));
+        }
+        if (out_state) {
+            out_state[i] = g.places[i].cell < 0 ? ASRKF_TOKEN_FROZEN : g.places[i].slot < 0 ? ASRKF_TOKEN_ACTIVE : ASRKF_TOKEN_ACTIVE_COPIED;
+        }
+    }
+    return n_tokens();
+}
+
+void memory::get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t * out, size_t size) {
+    if (index >= groups.size()) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("group %u: there are %zu", index, groups.size()));
+    }
+    group & g = groups[index];
+    const uint32_t i = lower_bound(pos);
+    if (i == n_tokens() || g.rule->pos(i) != pos) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("the sequence has no position %d", pos));
+    }
+    if (size != g.mover->token_bytes()) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.mover->token_bytes(), index));
+    }
+    lctx = ctx;
+    prepare_to_move();
+    if (g.places[i].cell < 0) {
+        std::memcpy(out, g.store->data(uint32_t(g.places[i].slot)), size);
+        return;
+    }
+    const uint32_t cell = uint32_t(g.places[i].cell);
+    g.mover->get(&cell, &out, 1);
+}
+
+} // namespace
+
+engine * engine_of(llama_context * ctx) { return dynamic_cast<memory *>(llama_get_memory(ctx)); }
+
+void set_next_config(const asrkf_config * config) {
+    if (config) {
+        next_config = *config;
+    } else {
+        next_config.reset();
+    }
+}
+
+void         set_last_error(const std::string & text) { last_error = text; }
+const char * get_last_error() { return last_error.c_str(); }
+
+} // namespace asrkf

@@ -1,0 +1,42 @@
+// The memory that freezes: what the C boundary sees of it. The implementation (cache.cpp) is the only file that
+// includes llama.cpp's own headers; everything in it that is not byte moving or graph building is bookkeeping.
+#pragma once
+
+#include "config.h"
+
+#include <cstddef>
+#include <cstdint>
+
+struct llama_context;
+
+namespace asrkf {
+
+class engine {
+public:
+    virtual ~engine() = default;
+
+    virtual uint64_t freeze_range (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
+    virtual uint64_t restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
+    virtual void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) = 0;
+
+    virtual const asrkf_config & get_config() const = 0;
+    virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
+    virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
+    virtual size_t get_tokens(uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
+    virtual void   get_rows(llama_context * ctx, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
+
+    virtual void     set_trace(asrkf_step * buffer, size_t capacity) = 0;
+    virtual uint64_t get_trace_count() const = 0;
+};
+
+// The engine of a context; nullptr if it runs upstream's cache.
+engine * engine_of(llama_context * ctx);
+
+// Settings for the next context of this thread; nullptr takes them back.
+void set_next_config(const asrkf_config * config);
+
+// Text of the last failure on this thread.
+void         set_last_error(const std::string & text);
+const char * get_last_error();
+
+} // namespace asrkf

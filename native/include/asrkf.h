@@ -1,0 +1,196 @@
+/* asrkf.h - a KV cache that freezes, for llama.cpp: the C boundary.
+ *
+ * Words: a cell is one slot of the KV cache on the device; the pool is all of them, allocated once. Tokens that matter
+ * little now are frozen: out of attention, bytes in host RAM, position kept. They come back (restore) with the same
+ * bytes. The window (most recent positions), the sinks (first positions) and pinned positions are never frozen.
+ *
+ * Rules: every function returns a status unless it says otherwise; anything but ASRKF_OK leaves cache and host store as
+ * they were, and asrkf_last_error() gives the text. Nothing throws across this boundary. Structs start with
+ * struct_size, which the caller sets to sizeof. A context is used from one thread at a time, as with llama.h.
+ */
+#ifndef ASRKF_H
+#define ASRKF_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#    define ASRKF_API __declspec(dllexport)
+#else
+#    define ASRKF_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct llama_context;
+
+enum asrkf_status {
+    ASRKF_OK               = 0,
+    ASRKF_INVALID_ARGUMENT = 1, /* NULL, unknown key, value out of range */
+    ASRKF_NO_POLICY        = 2, /* the context runs upstream's cache */
+    ASRKF_PROTECTED        = 3, /* the range touches window, sinks or pinned positions */
+    ASRKF_POOL_FULL        = 4, /* the pool cannot hold what was asked for */
+    ASRKF_HOST_LIMIT       = 5, /* the host store would grow over host_limit */
+    ASRKF_UNSUPPORTED      = 6, /* not with this model, cache type or context */
+    ASRKF_MOVE_FAILED      = 7, /* a backend failed to copy rows */
+    ASRKF_INTERNAL         = 8
+};
+
+enum asrkf_policy {
+    ASRKF_POLICY_FULL     = 0, /* upstream's cache */
+    ASRKF_POLICY_ASRKF    = 1, /* budget by relevance, slow timers: the default */
+    ASRKF_POLICY_PAPER    = 2, /* arXiv 2512.11221: mean |q.k| below tau, sublinear timers */
+    ASRKF_POLICY_WINDOW   = 3, /* control: the most recent tokens only */
+    ASRKF_POLICY_RANDOM   = 4, /* control: the machinery of asrkf on random scores */
+    ASRKF_POLICY_FLAG_ALL = 5  /* control: every token older than the window is flagged at every check */
+};
+
+/* Configuration. asrkf_config_default() fills it, asrkf_config_parse() reads "name,key=value,...". The keys, their
+ * ranges, defaults and meanings are one table: see asrkf_config_field(). */
+struct asrkf_config {
+    uint32_t struct_size;
+    int32_t  policy;           /* enum asrkf_policy */
+    uint32_t pool_cells;       /* exactly one of the three is not 0: cells, */
+    float    pool_ratio;       /*   part of n_ctx (0..1], */
+    uint64_t pool_bytes;       /*   bytes of K and V together */
+    uint32_t sinks;
+    uint32_t window;           /* 0: half of the group's pool */
+    uint32_t interval;
+    int32_t  score;
+    uint32_t score_queries;
+    float    ema;
+    float    softness;
+    float    timer_share;
+    uint32_t timer_grace;
+    float    tau;
+    uint32_t block;
+    uint32_t seed;
+    int32_t  moves;
+    uint64_t host_limit;       /* bytes, 0: no limit */
+    char     layers[256];
+    char     score_layers[256];
+    char     pinned[256];
+};
+
+/* One row of the configuration table. All strings live as long as the library. */
+struct asrkf_field {
+    uint32_t     struct_size;
+    const char * name;
+    const char * kind;         /* "integer", "real", "bytes", "choice", "text", "pool" */
+    const char * choices;      /* "a|b|c" for a choice, else "" */
+    double       minimum;      /* of numbers */
+    double       maximum;
+    const char * doc;
+};
+
+struct asrkf_stats {
+    uint32_t struct_size;
+    int32_t  policy;                   /* the one that really runs */
+    uint32_t n_groups;
+    uint32_t pool_cells;               /* of the first group; see asrkf_get_group_stats() for the others */
+    uint32_t active_cells;
+    uint32_t frozen_cells;
+    uint64_t tokens;                   /* of the sequence: active + frozen */
+    uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
+    uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
+    uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers */
+    uint64_t host_kv_bytes;            /* allocated for the host store */
+    uint64_t host_kv_peak_bytes;
+    uint64_t moved_to_host_bytes;
+    uint64_t moved_to_device_bytes;
+    uint64_t moves_to_host_total;      /* batched calls, not rows */
+    uint64_t moves_to_device_total;
+    uint64_t freezes_total;            /* tokens, all groups */
+    uint64_t restores_timer_total;     /* a freeze timer ended */
+    uint64_t restores_window_total;    /* protected again: the window moved back, or the position was pinned */
+    uint64_t restores_refill_total;    /* the pool had room */
+    uint64_t restores_request_total;   /* asrkf_restore() */
+    uint64_t steps_total;              /* ubatches */
+    uint64_t decisions_total;
+    uint64_t scoring_steps_total;      /* steps whose graph had the relevance branch */
+    double   policy_seconds;
+    double   scoring_seconds;          /* reading scores back and folding them in; the branch itself is part of compute */
+    double   moves_seconds;
+};
+
+struct asrkf_group_stats {
+    uint32_t struct_size;
+    uint32_t n_layers;
+    uint32_t pool_cells;
+    uint32_t window;
+    uint32_t max_ubatch;               /* longest step that this group lets through */
+    uint32_t active_cells;
+    uint32_t active_copied_cells;      /* of these, with a valid host copy */
+    uint32_t frozen_cells;
+    uint64_t token_bytes;              /* K and V of one token in this group's layers */
+    uint64_t device_kv_bytes;
+};
+
+/* One step (ubatch), all groups together where nothing else is said. */
+struct asrkf_step {
+    uint64_t index;
+    int32_t  pos;                      /* of the first token */
+    uint32_t n_tokens;
+    uint32_t active_cells;             /* of the first group, after the step was placed */
+    uint32_t frozen_cells;
+    uint32_t freezes;
+    uint32_t restores;
+    uint32_t scored;                   /* 1: the step's graph has the relevance branch */
+    float    policy_seconds;
+    float    moves_seconds;
+};
+
+/* States of a token in one layer group. */
+enum asrkf_token_state { ASRKF_TOKEN_ACTIVE = 0, ASRKF_TOKEN_ACTIVE_COPIED = 1, ASRKF_TOKEN_FROZEN = 2 };
+
+/* Text of the last failing call on this thread, also of a refused context or a failing llama_decode(); "" if none.
+ * Valid until the next call on this thread. */
+ASRKF_API const char * asrkf_last_error(void);
+ASRKF_API void         asrkf_clear_error(void);
+ASRKF_API const char * asrkf_version(void);
+ASRKF_API const char * asrkf_status_name(enum asrkf_status status);
+
+/* Fill *out with the preset's values (pool unset). */
+ASRKF_API enum asrkf_status asrkf_config_default(int32_t policy, struct asrkf_config * out);
+/* Read "name" or "name,key=value,..."; *out is written on success only. */
+ASRKF_API enum asrkf_status asrkf_config_parse(const char * text, struct asrkf_config * out);
+/* Write the whole configuration as such a string; size includes the final NUL. */
+ASRKF_API enum asrkf_status asrkf_config_format(const struct asrkf_config * config, char * out, size_t size);
+/* Row i of the table; ASRKF_INVALID_ARGUMENT past the last. */
+ASRKF_API enum asrkf_status asrkf_config_field(size_t i, struct asrkf_field * out);
+
+/* Settings for the next context that this thread creates; consumed by it, also if its creation fails. NULL takes them
+ * back. They go before the environment variable LLAMA_KV_POLICY (same string), which serves every context. */
+ASRKF_API enum asrkf_status asrkf_next_context(const struct asrkf_config * config);
+
+/* Freeze, restore, pin, unpin positions [p0, p1) of a sequence in every layer group; p1 < 0 means to the end.
+ * A frozen range stays frozen until asrkf_restore(), or until the window covers it. out_tokens (may be NULL) gets the
+ * number of tokens whose state changed, summed over groups. All or nothing. */
+ASRKF_API enum asrkf_status asrkf_freeze (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, uint64_t * out_tokens);
+ASRKF_API enum asrkf_status asrkf_restore(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, uint64_t * out_tokens);
+ASRKF_API enum asrkf_status asrkf_pin    (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1);
+ASRKF_API enum asrkf_status asrkf_unpin  (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1);
+
+ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, struct asrkf_config * out);
+ASRKF_API enum asrkf_status asrkf_get_stats      (struct llama_context * ctx, struct asrkf_stats * out);
+ASRKF_API enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out);
+
+/* States of the sequence's tokens in one layer group, in order of position: positions to out_pos, enum
+ * asrkf_token_state to out_state (either may be NULL), at most capacity of them; *out_n gets how many there are. */
+ASRKF_API enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n);
+/* Raw cache bytes (K then V, layer by layer) of the token at pos in one layer group, from wherever they are. size must
+ * be the group's token_bytes. */
+ASRKF_API enum asrkf_status asrkf_get_rows(struct llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size);
+
+/* Record every step into the caller's ring buffer (NULL: stop). The buffer must outlive the context or the call that
+ * stops it. *out_n (may be NULL) gets the steps recorded so far; entry i is at i % capacity. */
+ASRKF_API enum asrkf_status asrkf_trace(struct llama_context * ctx, struct asrkf_step * buffer, size_t capacity);
+ASRKF_API enum asrkf_status asrkf_trace_count(struct llama_context * ctx, uint64_t * out_n);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
