@@ -137,7 +137,12 @@ enum asrkf_status asrkf_get_config(struct llama_context * ctx, struct asrkf_conf
 }
 
 enum asrkf_status asrkf_get_stats(struct llama_context * ctx, struct asrkf_stats * out) {
-    return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_stats(ctx); });
+    return guarded([&] {
+        need_struct(out, "out");
+        need(ctx, "ctx");
+        engine * found = engine_of(ctx);
+        *out = found ? found->get_stats(ctx) : upstream_stats(ctx);
+    });
 }
 
 enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out) {

@@ -365,10 +365,17 @@ void check_context(const llama_model & model, const llama_memory_params & params
     }
 }
 
+// The types that llama.cpp's programs offer for a cache; each is in the round-trip test.
+constexpr ggml_type cache_types[] = { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0,
+    GGML_TYPE_IQ4_NL, GGML_TYPE_F32 };
+
 // What flash attention on the layer's device does not take is refused here, not computed on the CPU in silence.
 void check_cache_types(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, uint32_t il) {
     const auto & hparams = model.hparams;
     for (const auto & [type, n_head_dim, name] : { std::tuple(params.type_k, hparams.n_embd_head_k(il), "K"), std::tuple(params.type_v, hparams.n_embd_head_v(il), "V") }) {
+        if (std::find(std::begin(cache_types), std::end(cache_types), type) == std::end(cache_types)) {
+            unsupported(format("%s is not a type for a %s cache: use f16, q8_0 or q4_0", ggml_type_name(type), name));
+        }
         if (n_head_dim % uint32_t(ggml_blck_size(type)) != 0) {
             unsupported(format("%s cache type %s has blocks of %d, which do not divide the head size %u", name, ggml_type_name(type), int(ggml_blck_size(type)), n_head_dim));
         }
@@ -1248,6 +1255,24 @@ void memory::get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t 
 } // namespace
 
 engine * engine_of(llama_context * ctx) { return dynamic_cast<memory *>(llama_get_memory(ctx)); }
+
+asrkf_stats upstream_stats(llama_context * ctx) {
+    asrkf_stats s = {};
+    s.struct_size = sizeof(s);
+    s.policy      = ASRKF_POLICY_FULL;
+    s.n_groups    = 1;
+    s.pool_cells  = llama_n_ctx(ctx);
+    if (llama_memory_t mem = llama_get_memory(ctx)) {
+        const llama_pos pos_max = mem->seq_pos_max(0);
+        s.tokens       = pos_max < 0 ? 0 : uint64_t(pos_max - mem->seq_pos_min(0) + 1);
+        s.active_cells = uint32_t(s.tokens);
+    }
+    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+        s.device_kv_bytes      += data.context;
+        s.device_compute_bytes += data.context > 0 ? data.compute : 0;
+    }
+    return s;
+}
 
 void set_next_config(const asrkf_config * config) {
     if (config) {

@@ -32,6 +32,9 @@ public:
 // The engine of a context; nullptr if it runs upstream's cache.
 engine * engine_of(llama_context * ctx);
 
+// The same figures for a context that runs upstream's cache: every cell is active.
+asrkf_stats upstream_stats(llama_context * ctx);
+
 // Settings for the next context of this thread; nullptr takes them back.
 void set_next_config(const asrkf_config * config);
 

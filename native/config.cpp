@@ -229,6 +229,18 @@ void set_field(asrkf_config & config, const field & f, const std::string & value
     }
 }
 
+// The fewest digits that read back as the same float.
+std::string shortest(float value) {
+    std::string text;
+    for (int digits = 1; digits <= 9; ++digits) {
+        text = format("%.*g", digits, double(value));
+        if (std::strtof(text.c_str(), nullptr) == value) {
+            break;
+        }
+    }
+    return text;
+}
+
 void set_text(char (&out)[TEXT_BYTES], const char * value) { std::snprintf(out, sizeof(out), "%s", value); }
 
 ranges parse_ranges(const char * key, const std::string & text, bool end_excluded) {
@@ -347,11 +359,11 @@ std::string config_format(const asrkf_config & config) {
         switch (f.kind) {
             case POOL:
                 value = config.pool_bytes ? format("%lluB", (unsigned long long) config.pool_bytes)
-                      : config.pool_ratio > 0 ? format("%.9f", config.pool_ratio)
+                      : config.pool_ratio > 0 ? shortest(config.pool_ratio) + (config.pool_ratio == 1 ? ".0" : "")
                       : config.pool_cells ? format("%u", config.pool_cells) : "";
                 break;
             case INTEGER: value = format("%u", at<uint32_t>(config, f)); break;
-            case REAL:    value = format("%.9g", at<float>(config, f)); break;
+            case REAL:    value = shortest(at<float>(config, f)); break;
             case BYTES:   value = format("%llu", (unsigned long long) at<uint64_t>(config, f)); break;
             case CHOICE:  value = split(f.choices, '|').at(size_t(at<int32_t>(config, f))); break;
             case TEXT:    value = &at<char>(config, f); break;

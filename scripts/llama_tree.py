@@ -2,6 +2,7 @@
 """Prepare the pinned llama.cpp tree, with our patch queue applied or without it.
 
     llama_tree.py prepare [--unpatched]   print the folder of the tree, made first if it is not there yet
+    llama_tree.py sdist                   print the path of the pinned, verified sdist, fetched first if needed
     llama_tree.py export TREE FOLDER      write TREE's commits back as the queue (same bytes as patches/)
 
 The pin (patches/UPSTREAM) is the sdist of llama-cpp-python: it carries llama.cpp's git pack, so the queue is applied by
@@ -161,6 +162,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     prepare_parser = commands.add_parser("prepare", help="print the folder of the tree, made if needed")
     prepare_parser.add_argument("--unpatched", action="store_true", help="upstream as it is at the pin")
+    commands.add_parser("sdist", help="print the path of the verified sdist, fetched if needed")
     export_parser = commands.add_parser("export", help="write a tree's commits as the queue")
     export_parser.add_argument("tree", type=Path)
     export_parser.add_argument("folder", type=Path)
@@ -168,6 +170,9 @@ def main() -> int:
     try:
         if arguments.command == "prepare":
             print(prepare(patched=not arguments.unpatched))
+        elif arguments.command == "sdist":
+            pin, local = read_pin(), os.environ.get("ASRKF_LLAMA_CPP")
+            print(verified(Path(local).resolve(), pin) if local and Path(local).is_file() else fetch_sdist(pin))
         else:
             for path in export(arguments.tree, arguments.folder):
                 print(path)

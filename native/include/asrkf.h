@@ -161,8 +161,9 @@ ASRKF_API enum asrkf_status asrkf_config_format(const struct asrkf_config * conf
 /* Row i of the table; ASRKF_INVALID_ARGUMENT past the last. */
 ASRKF_API enum asrkf_status asrkf_config_field(size_t i, struct asrkf_field * out);
 
-/* Settings for the next context that this thread creates; consumed by it, also if its creation fails. NULL takes them
- * back. They go before the environment variable LLAMA_KV_POLICY (same string), which serves every context. */
+/* Settings for the next context that this thread creates; consumed when its memory is made, also if that fails. (A
+ * creation that llama.cpp refuses before, such as without a model, leaves them.) NULL takes them back. They go before
+ * the environment variable LLAMA_KV_POLICY (same string), which serves every context. */
 ASRKF_API enum asrkf_status asrkf_next_context(const struct asrkf_config * config);
 
 /* Freeze, restore, pin, unpin positions [p0, p1) of a sequence in every layer group; p1 < 0 means to the end.
@@ -174,6 +175,7 @@ ASRKF_API enum asrkf_status asrkf_pin    (struct llama_context * ctx, int32_t se
 ASRKF_API enum asrkf_status asrkf_unpin  (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1);
 
 ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, struct asrkf_config * out);
+/* asrkf_get_stats() serves upstream's cache, too: policy ASRKF_POLICY_FULL, no groups to ask about. */
 ASRKF_API enum asrkf_status asrkf_get_stats      (struct llama_context * ctx, struct asrkf_stats * out);
 ASRKF_API enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out);
 

@@ -1,0 +1,15 @@
+"""A KV cache that freezes, for llama.cpp: a context larger than the pool of KV cells on the device.
+
+    from asrkf_gguf import Llama
+    llm = Llama("model.gguf", n_ctx=8192, kv_policy="asrkf", kv_pool=2048)
+"""
+
+from . import _native  # first: it decides which libllama llama_cpp loads
+from ._native import KVError
+from .config import FreezeConfig
+from .llama import Llama
+from .models import resolve_model
+from .stats import GroupStats, KVStats
+
+__version__ = _native.ffi.string(_native.lib.asrkf_version()).decode()
+__all__ = ["FreezeConfig", "GroupStats", "KVError", "KVStats", "Llama", "resolve_model"]

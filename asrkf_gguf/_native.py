@@ -1,0 +1,128 @@
+"""The C API (asrkf.h) through cffi, and the one place that decides which libllama this process loads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import cffi
+
+PACKAGE = Path(__file__).resolve().parent
+LIBRARY_FOLDER = Path(os.environ.get("ASRKF_LIB_PATH") or PACKAGE / "lib").resolve()
+
+
+def _library_file() -> Path:
+    names = {"darwin": "libllama.dylib", "win32": "llama.dll"}
+    path = LIBRARY_FOLDER / names.get(sys.platform, "libllama.so")
+    if not path.exists():
+        raise ImportError(
+            f"{path} is missing: install the package (pip install .), or set ASRKF_LIB_PATH to a folder with our libllama"
+        )
+    return path
+
+
+def _claim_llama_cpp() -> None:
+    """Have llama_cpp load our libllama; two copies in one process would not share contexts."""
+    loaded = sys.modules.get("llama_cpp.llama_cpp")
+    if loaded is not None:
+        base = Path(str(loaded._base_path)).resolve()
+        if base != LIBRARY_FOLDER:
+            raise ImportError(
+                f"llama_cpp was imported before asrkf_gguf and loaded libllama from {base}: import asrkf_gguf first"
+            )
+        return
+    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
+    if chosen and Path(chosen).resolve() != LIBRARY_FOLDER:
+        raise ImportError(
+            f"LLAMA_CPP_LIB_PATH={chosen} names another libllama than ours in {LIBRARY_FOLDER}: unset it, "
+            "or point ASRKF_LIB_PATH there as well if that folder holds a build of ours"
+        )
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARY_FOLDER)
+
+
+def _declarations() -> str:
+    """asrkf.h without its preprocessor lines: cffi reads C declarations only."""
+    header = PACKAGE / "asrkf.h"
+    lines, skipping = [], False
+    for line in header.read_text().splitlines():
+        stripped = line.strip()
+        if stripped == "#ifdef __cplusplus":
+            skipping = True
+        elif skipping:
+            skipping = stripped != "#endif"
+        elif not stripped.startswith("#"):
+            lines.append(line.replace("ASRKF_API ", ""))
+    return "\n".join(lines)
+
+
+_LIBRARY = _library_file()
+_claim_llama_cpp()
+
+ffi = cffi.FFI()
+ffi.cdef(_declarations())
+
+import llama_cpp  # noqa: E402  loads libllama, and its dependencies, from LIBRARY_FOLDER
+
+lib: Any = ffi.dlopen(str(_LIBRARY))
+
+
+class KVError(RuntimeError):
+    """The KV cache refused or failed; nothing was lost. `status` is the C API's (enum asrkf_status)."""
+
+    def __init__(self, text: str, status: int) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def last_error() -> str:
+    """Text of the last failure on this thread, "" if there was none."""
+    return ffi.string(lib.asrkf_last_error()).decode()
+
+
+def check(status: int) -> None:
+    """Raise ValueError for an invalid argument, KVError for any other failure."""
+    if status == lib.ASRKF_OK:
+        return
+    if status == lib.ASRKF_INVALID_ARGUMENT:
+        raise ValueError(last_error())
+    raise KVError(last_error(), status)
+
+
+def struct(name: str) -> Any:
+    """A zeroed struct of the C API with its struct_size set."""
+    value = ffi.new(f"struct {name} *")
+    value.struct_size = ffi.sizeof(f"struct {name}")
+    return value
+
+
+def context_pointer(context: Any) -> Any:
+    """llama_cpp's context (a ctypes pointer) as cffi's."""
+    address = context if isinstance(context, int) else llama_cpp.llama_cpp.ctypes.cast(context, llama_cpp.llama_cpp.ctypes.c_void_p).value
+    return ffi.cast("struct llama_context *", address or 0)
+
+
+def parse_config(text: str) -> Any:
+    """A struct asrkf_config from "name,key=value,..."; ValueError names key, value and range."""
+    config = struct("asrkf_config")
+    check(lib.asrkf_config_parse(text.encode(), config))
+    return config
+
+
+def format_config(config: Any) -> str:
+    """The whole configuration as a string that parse_config() reads."""
+    out = ffi.new("char[]", 4096)
+    check(lib.asrkf_config_format(config, out, 4096))
+    return ffi.string(out).decode()
+
+
+def config_table() -> list[dict[str, Any]]:
+    """The rows of the configuration table: name, kind, choices, minimum, maximum, doc."""
+    rows = []
+    row = struct("asrkf_field")
+    while lib.asrkf_config_field(len(rows), row) == lib.ASRKF_OK:
+        text = {key: ffi.string(getattr(row, key)).decode() for key in ("name", "kind", "choices", "doc")}
+        rows.append({**text, "minimum": row.minimum, "maximum": row.maximum})
+    lib.asrkf_clear_error()
+    return rows

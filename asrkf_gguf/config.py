@@ -1,0 +1,94 @@
+"""The freeze configuration: one frozen dataclass, checked by the engine's own table."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Optional, Union
+
+from . import _native
+
+PoolSize = Union[int, float, str]
+POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all")
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """How tokens are frozen and restored. None means the preset's value; `resolved()` shows them all.
+
+    The method is ASR-KF-EGR (arXiv 2512.11221) with a budget in place of its threshold; the `paper` preset is as
+    published, where it is known. Invalid values raise ValueError with key, value and range.
+    """
+
+    policy: str = "asrkf"
+    """"full" (upstream's cache), "asrkf", "paper", or a control: "window", "random", "flag-all"."""
+    pool: Optional[PoolSize] = None
+    """Size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K and V ("512MiB"). `Llama(kv_pool=...)` sets it."""
+    layers: Optional[str] = None
+    """"shared": one set of active tokens; or layer groups with a pool each, "0-8@512/9-29@1024"."""
+    sinks: Optional[int] = None
+    """First positions that are never frozen."""
+    window: Optional[int] = None
+    """Most recent positions that are never frozen; 0: half of the pool."""
+    interval: Optional[int] = None
+    """Tokens between two decisions."""
+    score: Optional[str] = None
+    """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency" or "none"."""
+    score_layers: Optional[str] = None
+    """Layers that score their group, "0-3+7"; "auto": 4 evenly spaced in each group."""
+    score_queries: Optional[int] = None
+    """Newest queries of a step that score."""
+    ema: Optional[float] = None
+    """Weight of the old score at each decision (0..1)."""
+    softness: Optional[float] = None
+    """k of the freeze timer floor(sqrt(c)/k), in decisions."""
+    timer_share: Optional[float] = None
+    """Part of the pool for tokens that are back because their timer ended (0..0.5)."""
+    timer_grace: Optional[int] = None
+    """Decisions that such a token stays before it is judged again."""
+    tau: Optional[float] = None
+    """Threshold of the paper preset: tokens that score less are flagged."""
+    block: Optional[int] = None
+    """Positions in a block, the unit of sealing."""
+    pinned: Optional[str] = None
+    """Position ranges that are never frozen, "0-128+512-640", ends excluded."""
+    host_limit: Optional[Union[int, str]] = None
+    """Most bytes of the host store ("8GiB"); 0: no limit."""
+    moves: Optional[str] = None
+    """"auto", "direct" (memcpy; device memory is host memory) or "staged" (through a staging buffer)."""
+    seed: Optional[int] = None
+    """Of the random score."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, str, type(None))):
+                raise TypeError(f"{field.name}={value!r}: expected a number or a string, got {type(value).__name__}")
+            if isinstance(value, str) and "," in value:
+                raise ValueError(f"{field.name}={value!r}: a value holds no comma")
+        _native.parse_config(self.to_string())
+
+    @classmethod
+    def from_string(cls, text: str) -> FreezeConfig:
+        """Read "name,key=value,..." (the form of the environment variable LLAMA_KV_POLICY)."""
+        _native.parse_config(text)  # unknown keys are refused there, with the nearest known one
+        policy, *pairs = text.split(",")
+        return cls(policy, **dict(pair.split("=", 1) for pair in pairs))  # type: ignore[arg-type]
+
+    def to_string(self) -> str:
+        """The configuration as "name,key=value,...", without what is left to the preset."""
+        pairs = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self)[1:])
+        return ",".join([self.policy, *(f"{name}={value}" for name, value in pairs if value is not None)])
+
+    def resolved(self) -> dict[str, str]:
+        """Every key with the value that runs, as strings."""
+        policy, *pairs = _native.format_config(_native.parse_config(self.to_string())).split(",")
+        return {"policy": policy, **dict(pair.split("=", 1) for pair in pairs)}
+
+    def with_pool(self, pool: Optional[PoolSize]) -> FreezeConfig:
+        """The same configuration with this pool; ValueError if it has another one already."""
+        if pool is None:
+            return self
+        if self.pool is not None and self.pool != pool:
+            raise ValueError(f"kv_pool={pool!r} contradicts FreezeConfig(pool={self.pool!r}): give one of the two")
+        return dataclasses.replace(self, pool=pool)

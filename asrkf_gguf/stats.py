@@ -1,0 +1,82 @@
+"""What the cache did, measured: frozen dataclasses over the C API's stats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from . import _native
+from .config import POLICIES
+
+
+@dataclass(frozen=True)
+class GroupStats:
+    """One layer group: layers that share one set of active tokens."""
+
+    n_layers: int
+    pool_cells: int
+    window: int
+    max_ubatch: int
+    active_cells: int
+    active_copied_cells: int
+    frozen_cells: int
+    token_bytes: int
+    device_kv_bytes: int
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """Measured state of a context's KV cache. `_bytes` are what was allocated or moved, never derived from cells.
+
+    Cells are those of the first layer group; `groups` has them all. Counters (`_total`, moved bytes, seconds) run from
+    the last clear of the cache.
+    """
+
+    policy: str
+    """The policy that really runs; "full" is upstream's cache."""
+    pool_cells: int
+    active_cells: int
+    frozen_cells: int
+    tokens: int
+    device_kv_bytes: int
+    device_staging_bytes: int
+    device_compute_bytes: int
+    host_kv_bytes: int
+    host_kv_peak_bytes: int
+    moved_to_host_bytes: int
+    moved_to_device_bytes: int
+    moves_to_host_total: int
+    moves_to_device_total: int
+    freezes_total: int
+    restores_total: dict[str, int]
+    """By cause: "timer", "window" (protected again), "refill" (room in the pool), "request"."""
+    steps_total: int
+    decisions_total: int
+    scoring_steps_total: int
+    policy_seconds: float
+    scoring_seconds: float
+    """Reading scores back and folding them in; the side branch itself is part of the graph's compute."""
+    moves_seconds: float
+    groups: tuple[GroupStats, ...]
+
+
+_CAUSES = ("timer", "window", "refill", "request")
+
+
+def read_stats(context: Any) -> KVStats:
+    """Stats of a llama_cpp context (its `ctx` pointer)."""
+    pointer = _native.context_pointer(context)
+    raw = _native.struct("asrkf_stats")
+    _native.check(_native.lib.asrkf_get_stats(pointer, raw))
+    groups = []
+    for index in range(raw.n_groups if raw.policy else 0):
+        group = _native.struct("asrkf_group_stats")
+        _native.check(_native.lib.asrkf_get_group_stats(pointer, index, group))
+        groups.append(GroupStats(**{name: getattr(group, name) for name in GroupStats.__dataclass_fields__}))
+    special = {
+        "policy": POLICIES[raw.policy],
+        "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
+        "groups": tuple(groups),
+    }
+    plain = {name: getattr(raw, name) for name in KVStats.__dataclass_fields__ if name not in special}
+    return KVStats(**plain, **special)

@@ -1,0 +1,87 @@
+"""Shared models, texts and builds. A missing requirement is a skip with its reason, never a pass."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import asrkf_gguf  # first: it decides which libllama llama_cpp loads
+import pytest
+from asrkf_gguf.models import cache_folder, fetch_smollm2
+
+ROOT = Path(__file__).resolve().parent.parent
+UPSTREAM_LIBRARIES = ROOT / "build-upstream" / "bin"
+
+
+def topics_text() -> str:
+    """The language reference as plain text: it is on every machine with CPython."""
+    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+
+
+@pytest.fixture(scope="session")
+def text() -> str:
+    return topics_text()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> str:
+    return str(fetch_smollm2())
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from make_models import write_tiny
+
+    path = tmp_path_factory.mktemp("models") / "tiny.gguf"
+    write_tiny(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def llama3_two_layers() -> str:
+    """Two layers of LLaMA-3 8B's shape with its true vocabulary, in the cache folder (0.5 GB)."""
+    from make_models import write_llama3
+
+    path = cache_folder() / "llama3-8b-shape-2-layers-v1.gguf"
+    if not path.exists():
+        tree = subprocess.run(
+            [sys.executable, str(ROOT / "scripts/llama_tree.py"), "prepare"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        part = path.with_suffix(".part")
+        write_llama3(part, Path(tree) / "models/ggml-vocab-llama-bpe.gguf", 2)
+        part.rename(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def upstream_libraries() -> Path:
+    """The folder of the unpatched build; scripts/test makes it."""
+    if not (UPSTREAM_LIBRARIES / "libllama.so").exists():
+        pytest.skip("no unpatched build: run scripts/build_upstream")
+    return UPSTREAM_LIBRARIES
+
+
+@pytest.fixture
+def load():
+    """Open models that are closed at the end of the test; two threads, quiet."""
+    opened = []
+
+    def make(path: str, **kwargs):
+        options = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, "seed": 1}
+        llm = asrkf_gguf.Llama(path, **{**options, **kwargs})
+        opened.append(llm)
+        return llm
+
+    yield make
+    for llm in opened:
+        llm.close()
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter with this environment added."""
+    merged = {**os.environ, **environment, "PYTHONPATH": str(ROOT / "tests")}
+    return subprocess.run([sys.executable, "-c", code], env=merged, capture_output=True, text=True, check=False)

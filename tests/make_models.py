@@ -1,0 +1,108 @@
+"""Write GGUF models with random weights for tests: a tiny one, and one with the shape of LLaMA-3 8B.
+
+    make_models.py tiny OUT.gguf
+    make_models.py llama3 OUT.gguf --vocab ggml-vocab-llama-bpe.gguf [--layers 2]
+
+Random weights say nothing about quality; they exercise shapes, cache types and memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+
+def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, scale: float) -> np.ndarray:
+    """Rows of random values with standard deviation about `scale`, stored as `kind` (F32, F16 or Q4_0)."""
+    if kind == gguf.GGMLQuantizationType.Q4_0:
+        # a block is a F16 scale and 16 bytes of nibbles, value (nibble - 8) * scale: random bytes are random weights
+        n_blocks = int(np.prod(shape)) // 32
+        blocks = np.empty((n_blocks, 18), dtype=np.uint8)
+        blocks[:, :2] = np.frombuffer(np.float16(scale / 4.6).tobytes(), dtype=np.uint8)
+        blocks[:, 2:] = rng.integers(0, 256, (n_blocks, 16), dtype=np.uint8)
+        return blocks.reshape(*shape[:-1], shape[-1] // 32 * 18)
+    dtype = np.float16 if kind == gguf.GGMLQuantizationType.F16 else np.float32
+    return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(dtype)
+
+
+def write_llama(
+    path: Path, *, n_layer: int, n_embd: int, n_head: int, n_head_kv: int, n_ff: int, n_vocab: int, n_ctx: int,
+    rope_base: float, kind: gguf.GGMLQuantizationType, vocab: Path | None = None,
+) -> None:
+    """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings)."""
+    rng = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(n_ctx)
+    writer.add_embedding_length(n_embd)
+    writer.add_block_count(n_layer)
+    writer.add_feed_forward_length(n_ff)
+    writer.add_head_count(n_head)
+    writer.add_head_count_kv(n_head_kv)
+    writer.add_rope_dimension_count(n_embd // n_head)
+    writer.add_rope_freq_base(rope_base)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(n_vocab)
+    if vocab is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        for key, field in gguf.GGUFReader(vocab).fields.items():
+            if key.startswith("tokenizer."):
+                value, types = field.contents(), field.types
+                if types[0] == gguf.GGUFValueType.ARRAY:
+                    writer.add_array(key, value)
+                else:
+                    writer.add_key_value(key, value, types[0])
+
+    def add(name: str, shape: tuple[int, ...], scale: float) -> None:
+        writer.add_tensor(name, random_tensor(rng, shape, kind, scale), raw_dtype=kind)
+
+    head = n_embd // n_head
+    add("token_embd.weight", (n_vocab, n_embd), 1.0)
+    writer.add_tensor("output_norm.weight", np.ones(n_embd, dtype=np.float32))
+    for il in range(n_layer):
+        writer.add_tensor(f"blk.{il}.attn_norm.weight", np.ones(n_embd, dtype=np.float32))
+        writer.add_tensor(f"blk.{il}.ffn_norm.weight", np.ones(n_embd, dtype=np.float32))
+        spread = n_embd**-0.5
+        add(f"blk.{il}.attn_q.weight", (n_head * head, n_embd), 1.5 * spread)
+        add(f"blk.{il}.attn_k.weight", (n_head_kv * head, n_embd), 1.5 * spread)
+        add(f"blk.{il}.attn_v.weight", (n_head_kv * head, n_embd), spread)
+        add(f"blk.{il}.attn_output.weight", (n_embd, n_head * head), spread)
+        add(f"blk.{il}.ffn_gate.weight", (n_ff, n_embd), spread)
+        add(f"blk.{il}.ffn_up.weight", (n_ff, n_embd), spread)
+        add(f"blk.{il}.ffn_down.weight", (n_embd, n_ff), n_ff**-0.5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_tiny(path: Path) -> None:
+    """Two layers, four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 1 MB."""
+    write_llama(path, n_layer=2, n_embd=256, n_head=4, n_head_kv=2, n_ff=256, n_vocab=256, n_ctx=32768,
+                rope_base=10000.0, kind=gguf.GGMLQuantizationType.F16)
+
+
+def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:
+    """LLaMA-3 8B's shape and true vocabulary, n_layer of its 32 layers, Q4_0 (32 layers: about 4.3 GB)."""
+    write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=8192,
+                rope_base=500000.0, kind=gguf.GGMLQuantizationType.Q4_0, vocab=vocab)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("kind", choices=["tiny", "llama3"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--vocab", type=Path, help="GGUF with LLaMA-3's tokenizer")
+    parser.add_argument("--layers", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.kind == "tiny":
+        write_tiny(arguments.out)
+    else:
+        write_llama3(arguments.out, arguments.vocab, arguments.layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+// The least that a unit test needs: CHECK says where and what, main() returns how many failed.
+#pragma once
+
+#include <cstdio>
+#include <functional>
+#include <string>
+#include <utility>
+#include <vector>
+
+inline int n_failed_checks = 0;
+inline int n_checks        = 0;
+
+#define CHECK(condition)                                                              \
+    do {                                                                              \
+        ++n_checks;                                                                   \
+        if (!(condition)) {                                                           \
+            ++n_failed_checks;                                                        \
+            std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
+        }                                                                             \
+    } while (0)
+
+inline std::vector<std::pair<std::string, std::function<void()>>> & all_tests() {
+    static std::vector<std::pair<std::string, std::function<void()>>> tests;
+    return tests;
+}
+
+struct registered_test {
+    registered_test(const char * name, std::function<void()> body) { all_tests().emplace_back(name, std::move(body)); }
+};
+
+#define TEST(identifier, name)                                           \
+    static void identifier();                                            \
+    static const registered_test identifier##_registered(name, identifier); \
+    static void identifier()
+
+// The text of what body throws, "" if it does not.
+template <typename Body> std::string thrown(Body body) {
+    try {
+        body();
+    } catch (const std::exception & e) {
+        return e.what();
+    }
+    return "";
+}
+
+inline int run_all_tests() {
+    int n_failed = 0;
+    for (const auto & [name, body] : all_tests()) {
+        const int before = n_failed_checks;
+        body();
+        std::printf("%s %s\n", n_failed_checks == before ? "ok  " : "FAIL", name.c_str());
+        n_failed += n_failed_checks != before;
+    }
+    std::printf("%zu passed, %d failed (%d checks)\n", all_tests().size() - size_t(n_failed), n_failed, n_checks);
+    return n_failed == 0 && n_checks > 0 ? 0 : 1;
+}

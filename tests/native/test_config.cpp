@@ -1,0 +1,92 @@
+// The configuration table: parse, format, refuse.
+#include "check.h"
+
+#include "config.h"
+
+#include <cstring>
+
+using namespace asrkf;
+
+static bool says(const std::string & text, const char * part) {
+    const bool found = text.find(part) != std::string::npos;
+    if (!found) {
+        std::printf("expected \"%s\" in \"%s\"\n", part, text.c_str());
+    }
+    return found;
+}
+
+TEST(round_trip, "every preset survives format and parse") {
+    for (int32_t policy = ASRKF_POLICY_FULL; policy <= ASRKF_POLICY_FLAG_ALL; ++policy) {
+        asrkf_config c = config_default(policy);
+        c.pool_cells = 2048;
+        c.ema        = 0.85f;
+        std::strcpy(c.pinned, "0-10+20-30");
+        const std::string text = config_format(c);
+        const asrkf_config again = config_parse(text);
+        CHECK(config_format(again) == text);
+        CHECK(again.ema == c.ema && again.policy == policy && again.pool_cells == 2048);
+    }
+}
+
+TEST(pool_forms, "a pool is cells, a fraction or bytes") {
+    CHECK(config_parse("asrkf,pool=2048").pool_cells == 2048);
+    CHECK(config_parse("asrkf,pool=0.25").pool_ratio == 0.25f);
+    CHECK(config_parse("asrkf,pool=1.0").pool_ratio == 1.0f);
+    CHECK(config_parse("asrkf,pool=1").pool_cells == 1);
+    CHECK(config_parse("asrkf,pool=512MiB").pool_bytes == 512ull << 20);
+    CHECK(config_parse("asrkf,pool=1.5GB").pool_bytes == 1500000000ull);
+}
+
+TEST(pool_resolved, "cells and fractions round up to 256, bytes round down") {
+    CHECK(resolve_pool(config_parse("asrkf,pool=2000"), 8192, 1000) == 2048);
+    CHECK(resolve_pool(config_parse("asrkf,pool=0.25"), 8192, 1000) == 2048);
+    CHECK(resolve_pool(config_parse("asrkf,pool=0.26"), 8192, 1000) == 2304);
+    CHECK(resolve_pool(config_parse("asrkf,pool=1000000B"), 8192, 1000) == 768);
+    CHECK(resolve_pool(config_parse("asrkf,pool=1TiB"), 8192, 1000) == 8192);
+    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=9000"), 8192, 1000); }), "larger than n_ctx 8192"));
+    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=1000B"), 8192, 1000); }), "at least 256000 bytes"));
+    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf"), 8192, 1000); }), "no pool"));
+}
+
+TEST(refusals, "errors name key, value and remedy") {
+    CHECK(says(thrown([] { config_parse("asrfk,pool=1"); }), "did you mean \"asrkf\""));
+    CHECK(says(thrown([] { config_parse("asrkf,pol=1"); }), "did you mean \"pool\""));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=0"); }), "must be positive"));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=-5"); }), "must be positive"));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=nan"); }), "not a number"));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=5XB"); }), "unknown unit"));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=1.5"); }), "at most 1.0"));
+    CHECK(says(thrown([] { config_parse("asrkf,ema=1.5"); }), "ema=1.5 is out of range [0, 0.999]"));
+    CHECK(says(thrown([] { config_parse("asrkf,interval=2.5"); }), "whole number"));
+    CHECK(says(thrown([] { config_parse("asrkf,score=atention"); }), "did you mean \"attention\""));
+    CHECK(says(thrown([] { config_parse("asrkf,pool"); }), "not key=value"));
+    CHECK(says(thrown([] { config_parse("asrkf,pinned=5-3"); }), "empty range"));
+    CHECK(says(thrown([] { config_parse("asrkf,layers=0-3"); }), "pool each"));
+    CHECK(says(thrown([] { config_parse("asrkf,pool=512,layers=0-3@256/4-5@256"); }), "drop one"));
+    CHECK(says(thrown([] { config_parse("asrkf,pinned=" + std::string(300, '1')); }), "longer than 255"));
+    CHECK(says(thrown([] { config_parse(""); }), "unknown"));
+}
+
+TEST(groups, "layer groups are read with their pools") {
+    const auto specs = parse_groups("0-2+5@512/3-4@1024");
+    CHECK(specs.size() == 2);
+    CHECK(specs[0].pool_cells == 512 && specs[1].pool_cells == 1024);
+    CHECK((specs[0].layers == ranges{ { 0, 2 }, { 5, 5 } }));
+    CHECK(parse_groups("shared").empty());
+}
+
+TEST(garbage, "no string makes the parser crash") {
+    unsigned state = 12345;
+    const std::string alphabet = "asrkf,=poolwindow0123456789.-+@/eEGiB \xff";
+    int n_refused = 0;
+    for (int i = 0; i < 20000; ++i) {
+        std::string text = i % 2 ? "asrkf," : "";
+        for (unsigned n = (state = state*1664525u + 1013904223u) >> 27; n > 0; --n) {
+            text += alphabet[(state = state*1664525u + 1013904223u) % alphabet.size()];
+        }
+        n_refused += !thrown([&] { config_parse(text); }).empty();
+    }
+    CHECK(n_refused > 10000);
+}
+
+int main() { return run_all_tests(); }

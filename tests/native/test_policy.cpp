@@ -1,0 +1,297 @@
+// The policy alone: exact decisions, no tensors.
+#include "check.h"
+
+#include "policy.h"
+
+#include <algorithm>
+#include <cmath>
+#include <random>
+
+using namespace asrkf;
+
+static policy_params small(uint32_t pool, uint32_t sinks, uint32_t window, uint32_t interval) {
+    policy_params p;
+    p.pool_cells = pool;
+    p.sinks      = sinks;
+    p.window     = window;
+    p.interval   = interval;
+    p.block      = 8;
+    p.softness   = 1;
+    return p;
+}
+
+// Place n tokens the way the engine does; returns the plan that made room for them.
+static plan step(policy & rule, uint32_t n) {
+    const int32_t pos = rule.n_tokens() ? rule.pos(rule.n_tokens() - 1) + 1 : 0;
+    plan p = rule.decide(n, pos);
+    rule.commit(p);
+    for (uint32_t i = 0; i < n; ++i) {
+        rule.append(pos + int32_t(i));
+    }
+    rule.advance(n, rule.scores_due(n));
+    return p;
+}
+
+static std::vector<uint32_t> tokens_of(const std::vector<restoration> & list) {
+    std::vector<uint32_t> result;
+    for (const auto & r : list) {
+        result.push_back(r.token);
+    }
+    std::sort(result.begin(), result.end());
+    return result;
+}
+
+TEST(pool_with_room, "nothing is decided while the pool has room") {
+    policy rule(small(64, 2, 16, 4));
+    for (int i = 0; i < 60; ++i) {
+        CHECK(!step(rule, 1).decided);
+    }
+    CHECK(rule.n_frozen() == 0);
+}
+
+TEST(lowest_scores, "the lowest scores are frozen, sinks and window are not") {
+    policy_params p = small(24, 2, 8, 4);
+    policy rule(p);
+    step(rule, 20);
+    for (uint32_t i = 0; i < 20; ++i) {
+        rule.observe(i, i == 5 || i == 7 ? 0.001f : i < 2 || i >= 18 ? 0.0f : 0.5f + 0.01f*float(i));
+    }
+    step(rule, 4);
+    CHECK(rule.n_frozen() == 0); // 20 + 4 fit exactly
+    const plan made = step(rule, 2);
+    // protected: sinks 0-1 and positions 18-25; capacity = 24 - 8 existing protected - 4 (slack of an interval) = 12
+    // of the 16 history tokens 2-17: the 4 lowest go
+    CHECK(made.decided);
+    CHECK((made.freeze == std::vector<uint32_t>{ 2, 3, 5, 7 }));
+    CHECK(made.restore.empty());
+    CHECK(rule.n_active() <= p.pool_cells);
+}
+
+TEST(hard_bound, "the pool is never exceeded, whatever the steps and scores") {
+    for (uint32_t seed = 1; seed <= 20; ++seed) {
+        std::mt19937 random(seed);
+        for (const bool threshold : { false, true }) {
+            policy_params p = small(128, 4, 32, 8);
+            p.threshold = threshold;
+            p.tau = 0.4f;
+            p.timer_share = 0.2f;
+            p.timer_grace = 2;
+            p.ema = 0.5f;
+            policy rule(p);
+            for (int i = 0; i < 400; ++i) {
+                const uint32_t n = random() % 5 == 0 ? 1 + random() % 32 : 1;
+                step(rule, n);
+                CHECK(rule.n_active() <= p.pool_cells);
+                const int32_t end = rule.pos(rule.n_tokens() - 1) + 1;
+                for (uint32_t t = 0; t < rule.n_tokens(); ++t) {
+                    if (rule.is_frozen(t) && rule.is_protected(t, end)) {
+                        std::printf("seed %u: protected token %u is frozen\n", seed, t);
+                        CHECK(false);
+                    }
+                    if (!rule.is_frozen(t)) {
+                        rule.observe(t, float(random() % 1000) / 1000);
+                    }
+                }
+                if (random() % 50 == 0) {
+                    const uint32_t keep = random() % rule.n_tokens();
+                    rule.erase(keep, rule.n_tokens());
+                }
+                if (rule.n_tokens() == 0) {
+                    rule.clear();
+                }
+            }
+            CHECK(rule.n_active() + rule.n_frozen() == rule.n_tokens());
+        }
+    }
+}
+
+TEST(timers, "a freeze timer runs floor(sqrt(c)/k) decisions, then the token is back for its grace") {
+    policy_params p = small(32, 0, 8, 1);
+    p.timer_share = 0.25f; // 8 cells
+    p.timer_grace = 2;
+    p.softness    = 0.5f;  // c = 1: 2 decisions
+    policy rule(p);
+    step(rule, 30);
+    for (uint32_t i = 0; i < 30; ++i) {
+        rule.observe(i, i == 3 ? 0.0f : 1.0f);
+    }
+    plan made;
+    int frozen_at = -1, back_at = -1, frozen_again_at = -1;
+    for (int i = 0; i < 12; ++i) {
+        made = step(rule, 1);
+        rule.observe(rule.n_tokens() - 1, 1.0f);
+        if (std::count(made.freeze.begin(), made.freeze.end(), 3u)) {
+            (frozen_at < 0 ? frozen_at : frozen_again_at) = i;
+            if (frozen_again_at >= 0) {
+                break;
+            }
+        }
+        for (const auto & r : made.restore) {
+            if (r.token == 3) {
+                CHECK(r.why == cause::timer);
+                back_at = i;
+            }
+        }
+    }
+    CHECK(frozen_at >= 0);
+    CHECK(back_at == frozen_at + 2);       // floor(sqrt(1)/0.5) = 2
+    CHECK(frozen_again_at == back_at + 2); // its grace, then it is judged and loses
+}
+
+TEST(window_moves_back, "after the tail is removed the new window is restored before the next step") {
+    policy rule(small(32, 0, 8, 1));
+    step(rule, 32);
+    for (uint32_t i = 0; i < 32; ++i) {
+        rule.observe(i, 32.0f - float(i)); // the newest history scores lowest
+    }
+    step(rule, 8);
+    CHECK(rule.is_frozen(31));
+    CHECK(rule.is_frozen(30));
+    rule.erase(32, rule.n_tokens());
+    const plan made = rule.decide(1, 32);
+    CHECK(made.decided);
+    const auto back = tokens_of(made.restore);
+    for (uint32_t i = 25; i < 32; ++i) {
+        CHECK(!rule.is_frozen(i) || std::count(back.begin(), back.end(), i) == 1);
+    }
+    rule.commit(made);
+    for (uint32_t i = 25; i < 32; ++i) {
+        CHECK(!rule.is_frozen(i));
+    }
+}
+
+TEST(refill, "room in the pool is given back to the best frozen tokens") {
+    policy rule(small(32, 0, 8, 1));
+    step(rule, 32);
+    for (uint32_t i = 0; i < 32; ++i) {
+        rule.observe(i, float(i % 7));
+    }
+    for (int i = 0; i < 12; ++i) {
+        step(rule, 1);
+    }
+    CHECK(rule.n_frozen() > 0);
+    rule.erase(20, rule.n_tokens());
+    const plan made = rule.decide(1, 20);
+    rule.commit(made);
+    CHECK(rule.n_frozen() == 0); // 20 tokens fit into 32 cells
+    CHECK(std::any_of(made.restore.begin(), made.restore.end(), [](const restoration & r) { return r.why == cause::refill; }));
+}
+
+TEST(window_preset, "recency keeps sinks and the newest") {
+    policy_params p = small(16, 2, 4, 1);
+    p.score = SCORE_RECENCY;
+    policy rule(p);
+    for (int i = 0; i < 40; ++i) {
+        step(rule, 1);
+    }
+    for (uint32_t i = 0; i < 40; ++i) {
+        CHECK(rule.is_frozen(i) == (i >= 2 && i < 26)); // 2 sinks + 14 newest = 16
+    }
+}
+
+TEST(random_repeats, "the random control repeats for a seed and differs between seeds") {
+    const auto frozen = [](uint32_t seed) {
+        policy_params p = small(64, 4, 16, 4);
+        p.score = SCORE_RANDOM;
+        p.seed  = seed;
+        policy rule(p);
+        for (int i = 0; i < 200; ++i) {
+            step(rule, 1);
+        }
+        std::vector<bool> result;
+        for (uint32_t i = 0; i < rule.n_tokens(); ++i) {
+            result.push_back(rule.is_frozen(i));
+        }
+        return result;
+    };
+    CHECK(frozen(1) == frozen(1));
+    CHECK(frozen(1) != frozen(2));
+}
+
+TEST(flag_all, "flag-all freezes about two thirds of the history without any score (method: the null control)") {
+    // -66 % after 500 steps at K = 64, k = 2, with a pool that sets no bound
+    policy_params p = make_policy_params(config_parse("flag-all,pool=4096"), 4096);
+    policy rule(p);
+    double active = 0;
+    int n = 0;
+    for (int i = 0; i < 500; ++i) {
+        step(rule, 1);
+        if (i >= 450) {
+            active += double(rule.n_active()) / rule.n_tokens();
+            n++;
+        }
+    }
+    CHECK(active / n > 0.25);
+    CHECK(active / n < 0.45);
+}
+
+TEST(paper, "the paper preset freezes what scores below tau for floor(sqrt(c)/k) checks") {
+    policy_params p = small(64, 0, 4, 1);
+    p.threshold = true;
+    p.score     = SCORE_MAGNITUDE;
+    p.tau       = 1.0f;
+    p.softness  = 2;
+    policy rule(p);
+    step(rule, 8);
+    for (uint32_t i = 0; i < 8; ++i) {
+        rule.observe(i, i == 1 ? 0.5f : 2.0f);
+    }
+    int first = -1;
+    for (int i = 0; i < 20 && first < 0; ++i) {
+        const plan made = step(rule, 1);
+        if (!made.freeze.empty()) {
+            CHECK((made.freeze == std::vector<uint32_t>{ 1 }));
+            first = i;
+        }
+    }
+    CHECK(first == 3); // c = 1, 2, 3 give floor(sqrt(c)/2) = 0, c = 4 gives 1: the fourth check
+}
+
+TEST(never_fits, "protected tokens that leave no room are refused and nothing changes") {
+    policy rule(small(16, 0, 4, 1));
+    step(rule, 12);
+    for (uint32_t i = 0; i < 12; ++i) {
+        rule.set_pinned(i, true);
+    }
+    const std::string text = thrown([&] { rule.decide(8, 12); });
+    CHECK(text.find("pool of 16 cells") != std::string::npos);
+    CHECK(rule.n_frozen() == 0 && rule.n_tokens() == 12);
+}
+
+TEST(required, "the smallest pool holds sinks, window, pinned, one batch and two blocks") {
+    policy_params p = small(512, 4, 256, 8);
+    p.block = 32;
+    CHECK(policy::required_cells(p, 512, 100) == 4 + 256 + 100 + 32 + 64);
+    CHECK(policy::required_cells(p, 8, 0) == 4 + 256 + 8 + 64);
+}
+
+TEST(held, "a token frozen by request comes back by request only") {
+    policy_params p = small(64, 0, 8, 1);
+    p.timer_share = 0.5f;
+    policy rule(p);
+    step(rule, 30);
+    rule.set_frozen(5, true, true);
+    for (int i = 0; i < 20; ++i) {
+        CHECK(step(rule, 1).restore.empty());
+    }
+    CHECK(rule.is_frozen(5));
+    rule.set_frozen(5, false, false);
+    CHECK(!rule.is_frozen(5) && rule.n_frozen() == 0);
+}
+
+TEST(scores_when, "scores are asked for every interval, once the pool is nearly full") {
+    policy rule(small(256, 0, 32, 8));
+    int n_scored = 0;
+    for (int i = 0; i < 100; ++i) {
+        n_scored += rule.scores_due(1);
+        step(rule, 1);
+    }
+    CHECK(n_scored == 0);
+    for (int i = 0; i < 160; ++i) {
+        n_scored += rule.scores_due(1);
+        step(rule, 1);
+    }
+    CHECK(n_scored >= 8 && n_scored <= 13);
+}
+
+int main() { return run_all_tests(); }

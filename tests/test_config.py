@@ -1,0 +1,77 @@
+"""One configuration, three faces: the C table, the string, the dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from asrkf_gguf import FreezeConfig, _native
+from asrkf_gguf.config import POLICIES
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_dataclass_has_exactly_the_keys_of_the_table():
+    assert [field.name for field in dataclasses.fields(FreezeConfig)] == ["policy", *(row["name"] for row in _native.config_table())]
+
+
+def test_readme_documents_every_key_and_policy():
+    readme = (ROOT / "README.md").read_text()
+    for row in _native.config_table():
+        assert f"`{row['name']}`" in readme, row["name"]
+    for policy in POLICIES:
+        assert f"`{policy}`" in readme, policy
+
+
+def test_policies_are_in_the_order_of_the_c_enum():
+    for value, name in enumerate(POLICIES):
+        config = _native.struct("asrkf_config")
+        _native.check(_native.lib.asrkf_config_default(value, config))
+        assert _native.format_config(config).split(",")[0] == name
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_resolved_configuration_reads_back_as_itself(policy: str):
+    resolved = FreezeConfig(policy, pool=0.25, ema=0.85, host_limit="1GiB").resolved()
+    again = FreezeConfig.from_string(",".join([policy, *(f"{key}={value}" for key, value in resolved.items() if key != "policy" and value)]))
+    assert again.resolved() == resolved
+    assert resolved["ema"] == "0.85"
+    assert resolved["host_limit"] == str(1 << 30)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ({"policy": "asrfk"}, 'did you mean "asrkf"'),
+        ({"pool": 0}, "pool=0 must be positive"),
+        ({"pool": -256}, "pool=-256 must be positive"),
+        ({"pool": 1.5}, "at most 1.0"),
+        ({"pool": "12 bananas"}, "unknown unit"),
+        ({"ema": 1.0}, "ema=1.0 is out of range [0, 0.999]"),
+        ({"interval": 0}, "interval=0 is out of range [1, 1024]"),
+        ({"score": "atention"}, 'did you mean "attention"'),
+        ({"pinned": "10-5"}, "empty range"),
+        ({"pinned": "0-5,window=3"}, "no comma"),
+    ],
+)
+def test_bad_values_are_refused_with_key_value_and_range(arguments: dict, part: str):
+    with pytest.raises(ValueError, match=".*") as error:
+        FreezeConfig(**arguments)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize("value", [True, [512], {"cells": 1}, b"512"])
+def test_wrong_types_are_refused(value: object):
+    with pytest.raises(TypeError, match="pool="):
+        FreezeConfig(pool=value)
+
+
+def test_unknown_keys_of_a_string_are_refused_with_the_nearest_known_one():
+    with pytest.raises(ValueError, match='"pol" is unknown; did you mean "pool"'):
+        FreezeConfig.from_string("asrkf,pol=512")
+
+
+def test_two_pools_contradict_each_other():
+    with pytest.raises(ValueError, match="contradicts"):
+        FreezeConfig(pool=512).with_pool(1024)
