@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from typing import Any, Callable, Optional, Union
@@ -37,6 +38,7 @@ class Llama(llama_cpp.Llama):
         flash_attn: bool = True,
         **kwargs: Any,
     ) -> None:
+        self._stack = contextlib.ExitStack()  # close() wants one, also if we refuse before llama_cpp makes its own
         if kv_policy is None:
             if kv_pool is not None:
                 raise ValueError(f'kv_pool={kv_pool!r} needs a kv_policy: pass kv_policy="asrkf"')

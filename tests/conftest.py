@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
-import pydoc_data.topics
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +12,23 @@ from pathlib import Path
 import asrkf_gguf  # first: it decides which libllama llama_cpp loads
 import pytest
 from asrkf_gguf.models import cache_folder, fetch_smollm2
+from texts import topics_text
 
 ROOT = Path(__file__).resolve().parent.parent
+RPC_ENDPOINT = os.environ.get("ASRKF_TEST_RPC")  # set by tests/test_rpc.py for the runs it starts
 UPSTREAM_LIBRARIES = ROOT / "build-upstream" / "bin"
 
 
-def topics_text() -> str:
-    """The language reference as plain text: it is on every machine with CPython."""
-    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+@functools.cache
+def register_rpc_device() -> None:
+    """Add the server's devices to our libggml (llama_cpp has no parameter for it)."""
+    folder = asrkf_gguf._native.LIBRARY_FOLDER
+    rpc, ggml = ctypes.CDLL(str(folder / "libggml-rpc.so")), ctypes.CDLL(str(folder / "libggml.so"))
+    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    ggml.ggml_backend_register.argtypes = [ctypes.c_void_p]
+    registry = rpc.ggml_backend_rpc_add_server(RPC_ENDPOINT.encode())
+    assert registry, f"no RPC server at {RPC_ENDPOINT}"
+    ggml.ggml_backend_register(registry)
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +76,15 @@ def upstream_libraries() -> Path:
 
 @pytest.fixture
 def load():
-    """Open models that are closed at the end of the test; two threads, quiet."""
+    """Open models that are closed at the end of the test; two threads, quiet; on the RPC device if one is named."""
     opened = []
+    if RPC_ENDPOINT:
+        register_rpc_device()
 
     def make(path: str, **kwargs):
         options = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, "seed": 1}
+        if RPC_ENDPOINT:
+            options["n_gpu_layers"] = -1
         llm = asrkf_gguf.Llama(path, **{**options, **kwargs})
         opened.append(llm)
         return llm
@@ -84,4 +97,4 @@ def load():
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter with this environment added."""
     merged = {**os.environ, **environment, "PYTHONPATH": str(ROOT / "tests")}
-    return subprocess.run([sys.executable, "-c", code], env=merged, capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-c", code], env=merged, cwd=ROOT / "tests", capture_output=True, text=True, check=False)

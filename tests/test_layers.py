@@ -22,7 +22,7 @@ PYTHON = {
     "_native": set(),
     "config": {"_native"},
     "stats": {"_native", "config"},
-    "models": set(),
+    "models": {"_native"},
     "llama": {"_native", "config", "stats"},
     "cli": {"_native", "config", "llama", "models", "stats"},
     "__init__": {"_native", "config", "llama", "models", "stats"},

@@ -1,0 +1,89 @@
+"""llama.cpp's own programs and the command asrkf, with the policy from the environment."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import asrkf_gguf
+import pytest
+
+PROGRAMS = Path(asrkf_gguf.__file__).parent / "bin"
+
+
+def program(name: str, *arguments: str, policy: str | None = None) -> subprocess.CompletedProcess[str]:
+    if not (PROGRAMS / name).exists():
+        pytest.skip(f"the build has no {name}: set ASRKF_PROGRAMS (scripts/setup does)")
+    environment = {key: value for key, value in os.environ.items() if key != "LLAMA_KV_POLICY"}
+    if policy is not None:
+        environment["LLAMA_KV_POLICY"] = policy
+    return subprocess.run([str(PROGRAMS / name), *arguments], env=environment, capture_output=True, text=True, check=False)
+
+
+def test_llama_bench_runs_past_the_pool(smollm2):
+    arguments = ["-m", smollm2, "-d", "1500", "-p", "0", "-n", "8", "-r", "2", "-t", "2", "-fa", "1", "-o", "csv"]
+    result = program("llama-bench", *arguments, policy="asrkf,pool=512")
+    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    assert result.returncode == 0 and len(rows) == 1, result.stderr
+    assert float(rows[0]["avg_ts"]) > 0
+
+
+def test_llama_bench_says_why_a_policy_is_refused(smollm2):
+    result = program("llama-bench", "-m", smollm2, "-p", "8", "-n", "0", "-fa", "1", policy="asrkf,pol=512")
+    assert result.returncode != 0
+    result = program("llama-bench", "-m", smollm2, "-p", "8", "-n", "0", "-fa", "1", "-v", policy="asrkf,pol=512")
+    assert 'did you mean "pool"' in result.stdout + result.stderr
+
+
+def test_llama_perplexity_with_a_pool_that_holds_all_is_that_of_no_policy(smollm2, text, tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(text[:12000])
+    arguments = ["-m", smollm2, "-f", str(path), "-c", "512", "-b", "512", "--chunks", "2", "-t", "2", "-fa", "on", "--no-warmup"]
+    plain = program("llama-perplexity", *arguments)
+    held = program("llama-perplexity", *arguments, policy="asrkf,pool=512")
+
+    def estimate(result):
+        lines = [line for line in (result.stdout + result.stderr).splitlines() if "Final estimate" in line]
+        assert lines, result.stderr[-2000:]
+        return lines[0].split("Final estimate", 1)[1]
+
+    assert estimate(held) == estimate(plain)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(Path(sys.executable).parent / "asrkf"), *arguments], capture_output=True, text=True, check=False)
+
+
+def test_asrkf_run_streams_and_shows_the_figures(smollm2, text, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(text[:6000])
+    result = command("run", smollm2, "-f", str(path), "-c", "2048", "--kv-pool", "512", "-n", "16", "-t", "2")
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.strip()) > 10
+    assert "frozen, pool 512 cells" in result.stderr and "tok/s" in result.stderr
+
+
+def test_asrkf_run_says_what_is_wrong_in_one_line(smollm2):
+    result = command("run", smollm2, "-p", "Hello", "-c", "512", "--kv-pool", "4096")
+    assert result.returncode == 1
+    assert result.stderr.strip() == "asrkf run: pool of 4096 cells is larger than n_ctx 512: lower kv_pool, or use kv_policy=\"full\""
+    assert "does not exist" in command("run", "nothing.gguf", "-p", "x").stderr
+    assert command("run", smollm2).returncode == 2
+
+
+def test_asrkf_info_lists_keys_and_the_bytes_of_a_model(smollm2):
+    result = command("info", smollm2)
+    assert result.returncode == 0, result.stderr
+    assert "23040 bytes a token" in result.stdout
+    assert all(word in result.stdout for word in ("timer_share", "flag-all", "libllama from"))
+
+
+def test_bytes_of_llama3_8b_are_128_kib_a_token(llama3_two_layers):
+    from asrkf_gguf.models import kv_bytes_per_token
+
+    assert kv_bytes_per_token(Path(llama3_two_layers)) == 128 * 1024 * 2 // 32  # two of its 32 layers
+    assert kv_bytes_per_token(Path(llama3_two_layers), "Q8_0") == 128 * 1024 * 2 // 32 * 17 // 32

@@ -1,0 +1,188 @@
+"""Bad input gets an exception that names the value and the remedy; the process goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from asrkf_gguf import FreezeConfig, Llama
+from conftest import python
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "part"),
+    [
+        ({"kv_pool": 0}, "pool=0 must be positive"),
+        ({"kv_pool": -1}, "pool=-1 must be positive"),
+        ({"kv_pool": 4096}, "pool of 4096 cells is larger than n_ctx 2048"),
+        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 5898240 bytes"),
+        ({"kv_pool": 1.5}, "at most 1.0"),
+        ({}, "no pool: set kv_pool"),
+        ({"kv_policy": "asrkf,window=500", "kv_pool": 512}, "raise kv_pool to at least 768 or lower window"),
+        ({"kv_policy": "asrkf,pinned=0-300", "kv_pool": 512}, "raise kv_pool to at least"),
+        ({"kv_policy": "arskf", "kv_pool": 512}, 'did you mean "asrkf"'),
+        ({"kv_policy": "asrkf,sinkz=4", "kv_pool": 512}, 'did you mean "sinks"'),
+        ({"kv_pool": 512, "flash_attn": False}, "pass flash_attn=True"),
+        ({"kv_pool": 512, "embedding": True}, "drop embedding=True"),
+        ({"kv_policy": None, "kv_pool": 512}, "needs a kv_policy"),
+        ({"kv_policy": "asrkf,score_layers=40", "kv_pool": 512}, "the model has 30 layers"),
+        ({"kv_policy": "asrkf,layers=0-9@512"}, "layer 10 is in no group"),
+        ({"kv_policy": FreezeConfig(pool=512), "kv_pool": 1024}, "contradicts"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_with_the_remedy(load, smollm2, kwargs, part):
+    with pytest.raises(ValueError) as error:
+        load(smollm2, **{"kv_policy": "asrkf", **kwargs})
+    assert part in str(error.value)
+    llm = load(smollm2, n_ctx=512)  # nothing of the refused settings is left for the next context
+    assert llm.kv_stats().policy == "full"
+
+
+def test_the_smallest_pool_that_the_error_names_works(load, smollm2):
+    llm = load(smollm2, kv_policy="asrkf,window=500", kv_pool=768)
+    assert llm.kv_stats().pool_cells == 768
+
+
+def test_pools_are_cells_fractions_and_bytes(load, smollm2):
+    for pool, cells in ((1000, 1024), (0.25, 512), ("12MiB", 512), ("0.5", 1024), (2048, 2048)):
+        assert load(smollm2, kv_policy="asrkf", kv_pool=pool).kv_stats().pool_cells == cells, pool
+
+
+def test_a_missing_model_says_so():
+    with pytest.raises(ValueError, match="Model path does not exist"):
+        Llama("/nonexistent/model.gguf", kv_policy="asrkf", kv_pool=512, verbose=False)
+
+
+def test_a_truncated_model_says_so(tmp_path: Path, smollm2):
+    path = tmp_path / "truncated.gguf"
+    path.write_bytes(Path(smollm2).read_bytes()[: 20 << 20])
+    with pytest.raises(ValueError, match="cannot be loaded as a GGUF model"):
+        Llama(str(path), kv_policy="asrkf", kv_pool=512, verbose=False)
+
+
+def write_model(path: Path, arch: str, metadata: dict[str, object], drop: tuple[str, ...] = ()) -> str:
+    """Rewrite the tiny llama model's metadata for another architecture (enough for contexts to be refused or made)."""
+    from make_models import write_tiny
+
+    source = path.with_suffix(".source")
+    write_tiny(source)
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(path, arch)
+    for key, field in reader.fields.items():
+        if key.startswith("llama.") and key.split(".", 1)[1] not in metadata:
+            writer.add_key_value(f"{arch}.{key.split('.', 1)[1]}", field.contents(), field.types[0])
+    writer.add_tokenizer_model("no_vocab")
+    for key, value in metadata.items():
+        if isinstance(value, bool):
+            writer.add_bool(f"{arch}.{key}", value)
+        elif isinstance(value, float):
+            writer.add_float32(f"{arch}.{key}", value)
+        else:
+            writer.add_uint32(f"{arch}.{key}", value)
+    for tensor in reader.tensors:
+        if tensor.name not in drop:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
+
+
+def test_a_recurrent_model_is_refused_with_the_reason(load, tmp_path: Path):
+    path = tmp_path / "mamba.gguf"
+    writer = gguf.GGUFWriter(path, "mamba")
+    writer.add_context_length(2048)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(0)
+    writer.add_head_count(0)
+    writer.add_block_count(1)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(128)
+    writer.add_ssm_state_size(16)
+    writer.add_ssm_time_step_rank(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(256)
+    writer.add_tokenizer_model("no_vocab")
+    import numpy as np
+
+    shapes = {
+        "token_embd.weight": (256, 64), "output_norm.weight": (64,), "blk.0.attn_norm.weight": (64,), "blk.0.ssm_in.weight": (256, 64),
+        "blk.0.ssm_conv1d.weight": (128, 4), "blk.0.ssm_conv1d.bias": (128,), "blk.0.ssm_x.weight": (4 + 32, 128),
+        "blk.0.ssm_dt.weight": (128, 4), "blk.0.ssm_dt.bias": (128,), "blk.0.ssm_a": (128, 16), "blk.0.ssm_d": (128,),
+        "blk.0.ssm_out.weight": (64, 128),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(name, np.zeros(shape, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="mamba is a recurrent model"):
+        load(str(path), kv_policy="asrkf", kv_pool=512)
+
+
+def test_other_decoders_with_a_plain_cache_work(load, tmp_path: Path):
+    path = write_model(tmp_path / "qwen2.gguf", "qwen2", {})
+    import numpy as np
+
+    # qwen2 has biases on q, k and v
+    reader, source = gguf.GGUFReader(path), tmp_path / "with-biases.gguf"
+    writer = gguf.GGUFWriter(source, "qwen2")
+    for key, field in reader.fields.items():
+        if key.startswith("qwen2."):
+            writer.add_key_value(key, field.contents(), field.types[0])
+    writer.add_tokenizer_model("no_vocab")
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    for il in range(2):
+        for name, n in (("q", 256), ("k", 128), ("v", 128)):
+            writer.add_tensor(f"blk.{il}.attn_{name}.bias", np.zeros(n, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    llm = load(str(source), kv_policy="asrkf", kv_pool=512)
+    for _ in range(20):
+        llm.eval(list(range(50)))
+    assert llm.kv_stats().frozen_cells > 400
+
+
+def test_importing_llama_cpp_first_is_an_error_that_says_what_to_do(tmp_path: Path):
+    other = tmp_path / "other"
+    other.mkdir()
+    import asrkf_gguf
+
+    folder = Path(asrkf_gguf.__file__).parent / "lib"
+    for library in folder.iterdir():
+        (other / library.name).symlink_to(library)
+    result = python("import llama_cpp, asrkf_gguf", LLAMA_CPP_LIB_PATH=str(other))
+    assert result.returncode == 1
+    assert "import asrkf_gguf first" in result.stderr
+    result = python("import asrkf_gguf", LLAMA_CPP_LIB_PATH=str(other))
+    assert result.returncode == 1
+    assert "unset it" in result.stderr
+    result = python("import asrkf_gguf, llama_cpp; print('both')", LLAMA_CPP_LIB_PATH="")
+    assert result.stdout.strip() == "both", result.stderr
+
+
+def test_torch_is_not_pulled_in():
+    result = python("import sys, asrkf_gguf; print('torch' in sys.modules)")
+    assert result.stdout.strip() == "False", result.stderr
+
+
+def test_the_environment_serves_python_too(smollm2):
+    code = f"from asrkf_gguf import Llama; print(Llama({smollm2!r}, n_ctx=1024, verbose=False%s).kv_stats().policy)"
+    assert python(code % "", LLAMA_KV_POLICY="window,pool=512").stdout.strip() == "window"
+    assert python(code % ", kv_policy='full'", LLAMA_KV_POLICY="window,pool=512").stdout.strip() == "full"
+    result = python(code % "", LLAMA_KV_POLICY="windo,pool=512")
+    assert result.returncode == 1 and 'did you mean "window"' in result.stderr
+
+
+def test_interpreter_under_test_is_the_installed_package():
+    import asrkf_gguf
+
+    assert Path(asrkf_gguf.__file__).resolve().is_relative_to(Path(sys.prefix).resolve()) or os.environ.get("ASRKF_LIB_PATH")

@@ -1,0 +1,113 @@
+"""The model on an RPC device: weights and pool in another process, a true second memory domain on one machine.
+
+The model tests run again with every layer on the device; here its memory is watched.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import asrkf_gguf
+import pytest
+
+PACKAGE = Path(asrkf_gguf.__file__).parent
+SERVER = PACKAGE / "bin" / "ggml-rpc-server"
+# what bytes on another device can break; the rest is policy, the same on any device
+SUITE = (
+    "device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_are_whole "
+    "or host_limit or pool_that_holds_everything"
+)
+
+pytestmark = pytest.mark.rpc
+
+
+def resident_bytes(pid: int) -> int:
+    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(fields["VmRSS"].split()[0]) * 1024
+
+
+@pytest.fixture
+def server():
+    """A ggml-rpc-server on loopback; yields (endpoint, process)."""
+    if not SERVER.exists():
+        pytest.skip("the build has no ggml-rpc-server: set ASRKF_PROGRAMS (scripts/setup does)")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(SERVER), "-H", "127.0.0.1", "-p", str(port), "-t", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.1)
+    else:
+        pytest.fail("ggml-rpc-server did not open its port")
+    yield f"127.0.0.1:{port}", process
+    process.terminate()
+    process.wait(10)
+
+
+def test_the_model_tests_pass_with_weights_and_pool_in_another_process(server):
+    endpoint, process = server
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-k", SUITE, "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, str(Path(__file__).parent / "test_llama.py")],
+        env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+    print(result.stdout.splitlines()[-1])
+    assert process.poll() is None
+
+
+SCRIPT = """
+import json, sys
+import asrkf_gguf, conftest
+from texts import topics_text
+conftest.register_rpc_device()
+model, policy = sys.argv[1:3]
+llm = asrkf_gguf.Llama(model, n_ctx=8192, n_gpu_layers=-1, n_batch=512, kv_policy=policy, verbose=False)
+tokens = llm.tokenize(topics_text()[:40000].encode())[:3000]
+for begin in range(0, 3000, 500):
+    llm.eval(tokens[begin : begin + 500])
+stats = llm.kv_stats()
+print(json.dumps({"device": stats.device_kv_bytes, "host": stats.host_kv_bytes, "staging": stats.device_staging_bytes,
+                  "compute": stats.device_compute_bytes, "frozen": stats.frozen_cells, "moved": stats.moved_to_host_bytes}))
+sys.stdout.flush()
+input()
+"""
+
+
+def measure(server, model: str, policy: str) -> tuple[dict, int]:
+    """The client's stats and the server's resident bytes while the context is alive."""
+    import json
+
+    endpoint, process = server
+    client = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, model, policy], env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )
+    line = client.stdout.readline()
+    assert line, "the client failed"
+    resident = resident_bytes(process.pid)
+    client.communicate("\n")
+    return json.loads(line), resident
+
+
+def test_the_servers_memory_shows_the_bound(server, smollm2):
+    small, small_resident = measure(server, smollm2, "asrkf,pool=1024")
+    full, full_resident = measure(server, smollm2, "full")
+    assert full["device"] == 8 * small["device"] == 8192 * 23040
+    assert small["frozen"] > 1900 and small["staging"] > 0
+    assert small["host"] >= small["frozen"] * 23040
+    # the server holds what the stats say: 157.5 MiB of KV less, and staging more (the rest is the same weights and graphs)
+    saved = full_resident - small_resident
+    claimed = full["device"] + full["compute"] - small["device"] - small["compute"] - small["staging"]
+    print(f"resident: full {full_resident >> 20} MiB, pool {small_resident >> 20} MiB; saved {saved >> 20}, claimed {claimed >> 20} MiB")
+    assert abs(saved - claimed) < 48 << 20
