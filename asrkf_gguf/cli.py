@@ -43,7 +43,8 @@ def summary(stats: KVStats) -> str:
     restored = ", ".join(f"{cause} {n}" for cause, n in stats.restores_total.items() if n) or "none"
     return "\n".join(
         [
-            f"policy {stats.policy}: {stats.tokens} tokens = {stats.active_cells} active + {stats.frozen_cells} frozen, pool {stats.pool_cells} cells",
+            f"policy {stats.policy}: {stats.tokens} tokens = {stats.active_cells} active + "
+            f"{stats.frozen_cells} frozen, pool {stats.pool_cells} cells",
             f"device: KV {stats.device_kv_bytes / MIB:.1f} MiB, staging {stats.device_staging_bytes / MIB:.1f} MiB, "
             f"compute {stats.device_compute_bytes / MIB:.1f} MiB; host: KV {stats.host_kv_bytes / MIB:.1f} MiB",
             f"moved: {stats.moved_to_host_bytes / MIB:.1f} MiB to host in {stats.moves_to_host_total} calls, "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any, Callable, Optional, Union
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
 
 import llama_cpp
 
@@ -33,7 +33,7 @@ class Llama(llama_cpp.Llama):
         self,
         model_path: str,
         *,
-        kv_policy: Union[None, str, FreezeConfig] = None,
+        kv_policy: Union[str, FreezeConfig, None] = None,
         kv_pool: Optional[PoolSize] = None,
         flash_attn: bool = True,
         **kwargs: Any,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import pydoc_data.topics
@@ -25,11 +26,9 @@ def main() -> None:
     if options["upstream"]:
         import llama_cpp
 
-        @llama_cpp.llama_log_callback
-        def keep(level: int, text: bytes, _: object) -> None:
-            log.append(text.decode())
-
-        llama_cpp.llama_log_set(keep, None)
+        log_callback = llama_cpp.llama_log_callback(lambda level, text, _: log.append(text.decode()))
+        atexit.register(lambda: log_callback)  # llama.cpp logs while it is freed, too: keep it alive until then
+        llama_cpp.llama_log_set(log_callback, None)
         llm = llama_cpp.Llama(options["model"], **kwargs)
     else:
         from asrkf_gguf import Llama
@@ -65,6 +64,8 @@ def main() -> None:
         elif request["do"] == "decode":
             seconds, scored, host = [], [], 0.0
             before = stats()
+            if request["rewind"]:
+                llm.n_tokens = options["depth"]
             for _ in range(request["tokens"]):
                 token = tokens[llm.n_tokens % len(tokens)]
                 n_scored = llm.kv_stats().scoring_steps_total if not options["upstream"] else 0

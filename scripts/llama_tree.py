@@ -154,7 +154,7 @@ def export(tree: Path, folder: Path) -> list[Path]:
         written = sorted(Path(scratch).iterdir())
         if len(written) != len(names):
             raise TreeError(f"{tree} has {len(written)} commits above the pin, patches/series names {len(names)}")
-        return [Path(shutil.copyfile(path, folder / name)) for path, name in zip(written, names)]
+        return [Path(shutil.copyfile(path, folder / name)) for path, name in zip(written, names, strict=True)]
 
 
 def main() -> int:

@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asrkf_gguf  # first: it decides which libllama llama_cpp loads
 import pytest
-from asrkf_gguf.models import cache_folder, fetch_smollm2
 from texts import topics_text
+
+import asrkf_gguf  # first: it decides which libllama llama_cpp loads
+from asrkf_gguf.models import cache_folder, fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 RPC_ENDPOINT = os.environ.get("ASRKF_TEST_RPC")  # set by tests/test_rpc.py for the runs it starts

@@ -31,10 +31,14 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.G
 def write_llama(
     path: Path, *, n_layer: int, n_embd: int, n_head: int, n_head_kv: int, n_ff: int, n_vocab: int, n_ctx: int,
     rope_base: float, kind: gguf.GGMLQuantizationType, vocab: Path | None = None,
+    arch: str = "llama", metadata: dict[str, int | float | bool] | None = None,
+    extra: dict[str, tuple[int, ...]] | None = None, without: tuple[str, ...] = (),
 ) -> None:
-    """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings)."""
+    """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings), or one of another architecture that differs by
+    some metadata, extra F32 tensors of ones ("%d" in a name: one a layer) and tensors that it is without (of layers: in all).
+    """
     rng = np.random.default_rng(1)
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(n_ctx)
     writer.add_embedding_length(n_embd)
     writer.add_block_count(n_layer)
@@ -45,6 +49,8 @@ def write_llama(
     writer.add_rope_freq_base(rope_base)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(n_vocab)
+    for key, value in (metadata or {}).items():
+        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     if vocab is None:
         writer.add_tokenizer_model("no_vocab")
     else:
@@ -59,18 +65,26 @@ def write_llama(
     def add(name: str, shape: tuple[int, ...], scale: float) -> None:
         writer.add_tensor(name, random_tensor(rng, shape, kind, scale), raw_dtype=kind)
 
+    def add_ones(name: str, shape: tuple[int, ...]) -> None:
+        if name.split(".", 2)[-1] not in without and name not in without:
+            writer.add_tensor(name, np.ones(shape, dtype=np.float32))
+
     head = n_embd // n_head
     add("token_embd.weight", (n_vocab, n_embd), 1.0)
-    writer.add_tensor("output_norm.weight", np.ones(n_embd, dtype=np.float32))
+    add_ones("output_norm.weight", (n_embd,))
+    for name, shape in (extra or {}).items():
+        for il in range(n_layer if "%d" in name else 1):
+            add_ones(name % il if "%d" in name else name, shape)
     for il in range(n_layer):
-        writer.add_tensor(f"blk.{il}.attn_norm.weight", np.ones(n_embd, dtype=np.float32))
-        writer.add_tensor(f"blk.{il}.ffn_norm.weight", np.ones(n_embd, dtype=np.float32))
+        add_ones(f"blk.{il}.attn_norm.weight", (n_embd,))
+        add_ones(f"blk.{il}.ffn_norm.weight", (n_embd,))
         spread = n_embd**-0.5
         add(f"blk.{il}.attn_q.weight", (n_head * head, n_embd), 1.5 * spread)
         add(f"blk.{il}.attn_k.weight", (n_head_kv * head, n_embd), 1.5 * spread)
         add(f"blk.{il}.attn_v.weight", (n_head_kv * head, n_embd), spread)
         add(f"blk.{il}.attn_output.weight", (n_embd, n_head * head), spread)
-        add(f"blk.{il}.ffn_gate.weight", (n_ff, n_embd), spread)
+        if "ffn_gate.weight" not in without:
+            add(f"blk.{il}.ffn_gate.weight", (n_ff, n_embd), spread)
         add(f"blk.{il}.ffn_up.weight", (n_ff, n_embd), spread)
         add(f"blk.{il}.ffn_down.weight", (n_embd, n_ff), n_ff**-0.5)
     writer.write_header_to_file()
@@ -79,10 +93,10 @@ def write_llama(
     writer.close()
 
 
-def write_tiny(path: Path) -> None:
-    """Two layers, four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 1 MB."""
+def write_tiny(path: Path, **other: object) -> None:
+    """Two layers, four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 2 MB. `other`: see write_llama()."""
     write_llama(path, n_layer=2, n_embd=256, n_head=4, n_head_kv=2, n_ff=256, n_vocab=256, n_ctx=32768,
-                rope_base=10000.0, kind=gguf.GGMLQuantizationType.F16)
+                rope_base=10000.0, kind=gguf.GGMLQuantizationType.F16, **other)
 
 
 def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:

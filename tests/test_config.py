@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+
 from asrkf_gguf import FreezeConfig, _native
 from asrkf_gguf.config import POLICIES
 
@@ -56,7 +57,7 @@ def test_a_resolved_configuration_reads_back_as_itself(policy: str):
     ],
 )
 def test_bad_values_are_refused_with_key_value_and_range(arguments: dict, part: str):
-    with pytest.raises(ValueError, match=".*") as error:
+    with pytest.raises(ValueError) as error:
         FreezeConfig(**arguments)
     assert part in str(error.value)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from asrkf_gguf import FreezeConfig, KVError
 from kv import check_states, greedy, last_logits, placement_noise, tokens_of
+
+from asrkf_gguf import FreezeConfig, KVError
 
 F16, Q8_0, Q4_0 = 1, 8, 2
 CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "iq4_nl": 20}
@@ -121,19 +122,22 @@ def test_random_freezes_on_llama3_shapes_leave_the_logits_as_they_were(load, lla
     np.testing.assert_allclose(last_logits(llm), following, atol=0.02)
 
 
-def test_a_prompt_of_6000_tokens_is_read_in_a_pool_of_1024(load, smollm2, text):
-    llm = load(smollm2, n_ctx=8192, n_batch=2048, n_ubatch=512, kv_policy="asrkf", kv_pool=1024)
+@pytest.mark.parametrize("policy", ["asrkf,pool=1024", "asrkf,layers=0-14@768/15-29@1280"])
+def test_a_prompt_of_6000_tokens_is_read_in_a_pool_of_1024(load, smollm2, text, policy):
+    llm = load(smollm2, n_ctx=8192, n_batch=2048, n_ubatch=512, kv_policy=policy)
     tokens = tokens_of(llm, text, 6000)
     with llm.kv_trace() as trace:
         chosen, _ = greedy(llm, tokens, 40)
     stats = llm.kv_stats()
-    assert stats.tokens == 6040 and stats.active_cells <= 1024 and stats.frozen_cells >= 5016
+    assert stats.tokens == 6040
+    assert sum(group.active_cells * group.n_layers for group in stats.groups) <= 1024 * 30
+    assert all(group.frozen_cells >= 6040 - group.pool_cells for group in stats.groups)
     assert stats.device_kv_bytes == 1024 * 23040
     assert stats.restores_total["timer"] > 0
     assert [position for position, _ in llm.kv_tokens()] == list(range(6040))
     assert len(set(chosen)) > 5  # a text, not one token over and over
     assert sum(step["n_tokens"] for step in trace.steps) == 6040
-    assert max(step["active_cells"] for step in trace.steps) <= 1024
+    assert max(step["active_cells"] for step in trace.steps) <= stats.pool_cells
     assert sum(step["freezes"] for step in trace.steps) == stats.freezes_total
     assert stats.policy_seconds > 0 and stats.moves_seconds > 0
     check_states(llm)
@@ -170,8 +174,9 @@ def test_regeneration_and_prefix_reuse_are_exact_where_the_pool_holds_all(load, 
         check_states(llm)
 
 
-def test_regeneration_and_prefix_reuse_keep_true_positions_where_tokens_are_frozen(load, smollm2, text):
-    llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
+@pytest.mark.parametrize("policy", ["asrkf,pool=512", TWO_GROUPS])
+def test_regeneration_and_prefix_reuse_keep_true_positions_where_tokens_are_frozen(load, smollm2, text, policy):
+    llm = load(smollm2, kv_policy=policy)
     prompt = text[:6000]
     n = len(llm.tokenize(prompt.encode()))
     assert n > 1000

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import asrkf_gguf
 import pytest
+
+import asrkf_gguf
 
 PROGRAMS = Path(asrkf_gguf.__file__).parent / "bin"
 

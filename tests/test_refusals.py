@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
-from asrkf_gguf import FreezeConfig, Llama
 from conftest import python
+from make_models import write_tiny
+
+from asrkf_gguf import FreezeConfig, Llama
 
 
 @pytest.mark.parametrize(
@@ -63,35 +66,6 @@ def test_a_truncated_model_says_so(tmp_path: Path, smollm2):
         Llama(str(path), kv_policy="asrkf", kv_pool=512, verbose=False)
 
 
-def write_model(path: Path, arch: str, metadata: dict[str, object], drop: tuple[str, ...] = ()) -> str:
-    """Rewrite the tiny llama model's metadata for another architecture (enough for contexts to be refused or made)."""
-    from make_models import write_tiny
-
-    source = path.with_suffix(".source")
-    write_tiny(source)
-    reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(path, arch)
-    for key, field in reader.fields.items():
-        if key.startswith("llama.") and key.split(".", 1)[1] not in metadata:
-            writer.add_key_value(f"{arch}.{key.split('.', 1)[1]}", field.contents(), field.types[0])
-    writer.add_tokenizer_model("no_vocab")
-    for key, value in metadata.items():
-        if isinstance(value, bool):
-            writer.add_bool(f"{arch}.{key}", value)
-        elif isinstance(value, float):
-            writer.add_float32(f"{arch}.{key}", value)
-        else:
-            writer.add_uint32(f"{arch}.{key}", value)
-    for tensor in reader.tensors:
-        if tensor.name not in drop:
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return str(path)
-
-
 def test_a_recurrent_model_is_refused_with_the_reason(load, tmp_path: Path):
     path = tmp_path / "mamba.gguf"
     writer = gguf.GGUFWriter(path, "mamba")
@@ -107,8 +81,6 @@ def test_a_recurrent_model_is_refused_with_the_reason(load, tmp_path: Path):
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(256)
     writer.add_tokenizer_model("no_vocab")
-    import numpy as np
-
     shapes = {
         "token_embd.weight": (256, 64), "output_norm.weight": (64,), "blk.0.attn_norm.weight": (64,), "blk.0.ssm_in.weight": (256, 64),
         "blk.0.ssm_conv1d.weight": (128, 4), "blk.0.ssm_conv1d.bias": (128,), "blk.0.ssm_x.weight": (4 + 32, 128),
@@ -125,27 +97,30 @@ def test_a_recurrent_model_is_refused_with_the_reason(load, tmp_path: Path):
         load(str(path), kv_policy="asrkf", kv_pool=512)
 
 
-def test_other_decoders_with_a_plain_cache_work(load, tmp_path: Path):
-    path = write_model(tmp_path / "qwen2.gguf", "qwen2", {})
-    import numpy as np
+def test_a_sliding_window_model_is_refused_with_the_reason(load, tmp_path: Path):
+    norms = {"blk.%d.attn_q_norm.weight": (64,), "blk.%d.attn_k_norm.weight": (64,),
+             "blk.%d.post_attention_norm.weight": (256,), "blk.%d.post_ffw_norm.weight": (256,)}
+    write_tiny(tmp_path / "gemma3.gguf", arch="gemma3", metadata={"attention.sliding_window": 256}, extra=norms)
+    load(str(tmp_path / "gemma3.gguf")).eval([1, 2, 3])  # the file itself is good
+    with pytest.raises(ValueError, match="gemma3 has sliding-window layers"):
+        load(str(tmp_path / "gemma3.gguf"), kv_policy="asrkf", kv_pool=512)
 
-    # qwen2 has biases on q, k and v
-    reader, source = gguf.GGUFReader(path), tmp_path / "with-biases.gguf"
-    writer = gguf.GGUFWriter(source, "qwen2")
-    for key, field in reader.fields.items():
-        if key.startswith("qwen2."):
-            writer.add_key_value(key, field.contents(), field.types[0])
-    writer.add_tokenizer_model("no_vocab")
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for il in range(2):
-        for name, n in (("q", 256), ("k", 128), ("v", 128)):
-            writer.add_tensor(f"blk.{il}.attn_{name}.bias", np.zeros(n, dtype=np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    llm = load(str(source), kv_policy="asrkf", kv_pool=512)
+
+def test_an_encoder_is_refused_with_the_reason(load, tmp_path: Path):
+    extra = {"position_embd.weight": (32768, 256)}
+    for name in ("token_embd_norm", "blk.%d.attn_output_norm", "blk.%d.layer_output_norm"):
+        extra |= {f"{name}.weight": (256,), f"{name}.bias": (256,)}
+    metadata = {"tokenizer.ggml.token_type_count": 2, "attention.causal": False, "attention.layer_norm_epsilon": 1e-5, "pooling_type": 0}
+    write_tiny(tmp_path / "bert.gguf", arch="bert", metadata=metadata, extra=extra,
+               without=("attn_norm.weight", "ffn_norm.weight", "output_norm.weight", "ffn_gate.weight"))
+    with pytest.raises(ValueError, match="bert attends to later tokens too"):
+        load(str(tmp_path / "bert.gguf"), kv_policy="asrkf", kv_pool=512)
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "llama"])
+def test_other_decoders_with_a_plain_cache_work(load, tmp_path: Path, arch: str):
+    write_tiny(tmp_path / "model.gguf", arch=arch)
+    llm = load(str(tmp_path / "model.gguf"), kv_policy="asrkf", kv_pool=512)
     for _ in range(20):
         llm.eval(list(range(50)))
     assert llm.kv_stats().frozen_cells > 400

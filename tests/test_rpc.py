@@ -12,8 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-import asrkf_gguf
 import pytest
+
+import asrkf_gguf
 
 PACKAGE = Path(asrkf_gguf.__file__).parent
 SERVER = PACKAGE / "bin" / "ggml-rpc-server"
