@@ -596,9 +596,8 @@ void memory::check_host_limit(uint32_t n_new) const {
     }
     uint64_t needed_bytes = 0;
     for (const group & g : groups) {
-        const uint32_t keeps = g.rule->params.pool_cells; // never copied at the same time as active, when moved
-        const uint64_t total = uint64_t(n_tokens()) + n_new;
-        needed_bytes += (total > keeps ? total - keeps : 0)*g.mover->token_bytes();
+        const uint64_t total = uint64_t(n_tokens()) + n_new, pool_cells = g.rule->params.pool_cells;
+        needed_bytes += (total > pool_cells ? total - pool_cells : 0)*g.mover->token_bytes();
     }
     if (needed_bytes > budget.limit_bytes) {
         throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes cannot hold what must be frozen for %u more tokens (at least %llu bytes): "

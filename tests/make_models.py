@@ -50,7 +50,8 @@ def write_llama(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(n_vocab)
     for key, value in (metadata or {}).items():
-        {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)](key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
+        put = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        put(key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     if vocab is None:
         writer.add_tokenizer_model("no_vocab")
     else:

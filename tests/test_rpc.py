@@ -5,6 +5,8 @@ The model tests run again with every layer on the device; here its memory is wat
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -20,8 +22,8 @@ PACKAGE = Path(asrkf_gguf.__file__).parent
 SERVER = PACKAGE / "bin" / "ggml-rpc-server"
 # what bytes on another device can break; the rest is policy, the same on any device
 SUITE = (
-    "device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_are_whole "
-    "or host_limit or pool_that_holds_everything"
+    "(device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_are_whole "
+    "or host_limit or pool_that_holds_everything) and not direct"  # direct moves need host memory: refused there
 )
 
 pytestmark = pytest.mark.rpc
@@ -32,8 +34,8 @@ def resident_bytes(pid: int) -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-@pytest.fixture
-def server():
+@contextlib.contextmanager
+def rpc_server():
     """A ggml-rpc-server on loopback; yields (endpoint, process)."""
     if not SERVER.exists():
         pytest.skip("the build has no ggml-rpc-server: set ASRKF_PROGRAMS (scripts/setup does)")
@@ -54,17 +56,31 @@ def server():
     process.wait(10)
 
 
-def test_the_model_tests_pass_with_weights_and_pool_in_another_process(server):
-    endpoint, process = server
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-k", SUITE, "-p", "no:cacheprovider"]
-    result = subprocess.run(
-        [*command, str(Path(__file__).parent / "test_llama.py")],
-        env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
-    )
+def test_the_model_tests_pass_with_weights_and_pool_in_another_process():
+    with rpc_server() as (endpoint, process):
+        result = run_suite(endpoint)
+        assert process.poll() is None
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
     print(result.stdout.splitlines()[-1])
-    assert process.poll() is None
+
+
+def test_direct_moves_are_refused_where_the_pool_is_not_host_memory(smollm2):
+    with rpc_server() as (endpoint, _):
+        code = "import sys, asrkf_gguf, conftest; conftest.register_rpc_device(); asrkf_gguf.Llama(sys.argv[1], n_ctx=1024, n_gpu_layers=-1, "
+        code += "kv_policy='asrkf,pool=512,moves=direct', verbose=False)"
+        environment = {**os.environ, "ASRKF_TEST_RPC": endpoint}
+        command = [sys.executable, "-c", code, smollm2]
+        result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "use moves=auto" in result.stderr
+
+
+def run_suite(endpoint: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-k", SUITE, "-p", "no:cacheprovider"]
+    return subprocess.run(
+        [*command, str(Path(__file__).parent / "test_llama.py")],
+        env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
+    )
 
 
 SCRIPT = """
@@ -85,25 +101,23 @@ input()
 """
 
 
-def measure(server, model: str, policy: str) -> tuple[dict, int]:
-    """The client's stats and the server's resident bytes while the context is alive."""
-    import json
-
-    endpoint, process = server
-    client = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, model, policy], env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )
-    line = client.stdout.readline()
-    assert line, "the client failed"
-    resident = resident_bytes(process.pid)
-    client.communicate("\n")
+def measure(model: str, policy: str) -> tuple[dict, int]:
+    """The client's stats and the resident bytes of a server of its own, while the context is alive."""
+    with rpc_server() as (endpoint, process):
+        client = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, model, policy], env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )
+        line = client.stdout.readline()
+        assert line, "the client failed"
+        resident = resident_bytes(process.pid)
+        client.communicate("\n")
     return json.loads(line), resident
 
 
-def test_the_servers_memory_shows_the_bound(server, smollm2):
-    small, small_resident = measure(server, smollm2, "asrkf,pool=1024")
-    full, full_resident = measure(server, smollm2, "full")
+def test_the_servers_memory_shows_the_bound(smollm2):
+    small, small_resident = measure(smollm2, "asrkf,pool=1024")
+    full, full_resident = measure(smollm2, "full")
     assert full["device"] == 8 * small["device"] == 8192 * 23040
     assert small["frozen"] > 1900 and small["staging"] > 0
     assert small["host"] >= small["frozen"] * 23040
