@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from pathlib import Path
@@ -63,7 +64,7 @@ _claim_llama_cpp()
 ffi = cffi.FFI()
 ffi.cdef(_declarations())
 
-import llama_cpp  # noqa: E402  loads libllama, and its dependencies, from LIBRARY_FOLDER
+import llama_cpp  # noqa: E402, F401  loads libllama, and its dependencies, from LIBRARY_FOLDER
 
 lib: Any = ffi.dlopen(str(_LIBRARY))
 
@@ -99,7 +100,7 @@ def struct(name: str) -> Any:
 
 def context_pointer(context: Any) -> Any:
     """llama_cpp's context (a ctypes pointer) as cffi's."""
-    address = context if isinstance(context, int) else llama_cpp.llama_cpp.ctypes.cast(context, llama_cpp.llama_cpp.ctypes.c_void_p).value
+    address = context if isinstance(context, int) else ctypes.cast(context, ctypes.c_void_p).value
     return ffi.cast("struct llama_context *", address or 0)
 
 

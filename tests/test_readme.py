@@ -1,0 +1,32 @@
+"""README is true: its figures are rows of the committed CSV, its commands exist."""
+
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_results_is_made_from_the_committed_rows():
+    table = README.split("<!-- results: scripts/bench table -->")[1].split("<!-- end of results -->")[0].strip()
+    made = subprocess.run([sys.executable, str(ROOT / "scripts/bench"), "table"], capture_output=True, text=True, check=True).stdout.strip()
+    assert table == made
+
+
+def test_every_row_names_commit_machine_model_command_and_config():
+    with (ROOT / "results/speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        assert all(row[key] for key in ("commit", "machine", "model", "command", "config", "metric", "side", "value", "unit")), row
+        assert "+changes" not in row["commit"]
+
+
+def test_scripts_that_the_readme_names_exist():
+    for name in set(re.findall(r"scripts/[a-z_]+", README)):
+        assert (ROOT / name).exists(), name
