@@ -46,6 +46,8 @@ class Llama(llama_cpp.Llama):
         else:
             config = kv_policy if isinstance(kv_policy, FreezeConfig) else FreezeConfig.from_string(kv_policy)
             config = config.with_pool(kv_pool)
+        self._kv_policy = config
+        self._tracing = False
         self.progress: Optional[Callable[[int, int], None]] = None
         """Called with (tokens done, tokens in all) while a prompt of several batches is read."""
         settings = _native.parse_config(config.to_string()) if config else _native.ffi.NULL
@@ -67,6 +69,11 @@ class Llama(llama_cpp.Llama):
         finally:
             _native.lib.asrkf_next_context(_native.ffi.NULL)  # a model that fails to load never asks for it
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle is made from again: llama_cpp.Llama's arguments and ours."""
+        flash_attn = self.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        return {**super().__getstate__(), "flash_attn": flash_attn, "kv_policy": self._kv_policy}
+
     # decoding
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -82,14 +89,14 @@ class Llama(llama_cpp.Llama):
         except RuntimeError as error:
             reason = _native.last_error()
             if reason:
-                raise KVError(reason, _native.lib.ASRKF_UNSUPPORTED) from error
+                raise KVError(reason, _native.lib.asrkf_last_status()) from error
             raise
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Save the state; KVError while tokens are frozen (a state is whole or it is not made)."""
         _native.lib.asrkf_clear_error()
         if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
-            raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.ASRKF_UNSUPPORTED)
+            raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.asrkf_last_status())
         return super().save_state()
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
@@ -99,7 +106,7 @@ class Llama(llama_cpp.Llama):
             super().load_state(state)
         except RuntimeError as error:
             self.n_tokens = 0  # llama.cpp gives up the old sequence before it reads a new one
-            raise KVError(_native.last_error() or str(error), _native.lib.ASRKF_UNSUPPORTED) from error
+            raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
 
     # the cache
 
@@ -175,10 +182,16 @@ class KVTrace:
         self.steps: list[dict[str, Any]] = []
 
     def __enter__(self) -> KVTrace:
+        if self._llm._tracing:
+            raise RuntimeError("a trace of this model is running: end its with block first")
+        self._llm._tracing = True
         _native.check(_native.lib.asrkf_trace(self._llm._pointer, self._buffer, self._capacity))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._llm._tracing = False
+        if self._llm._ctx.ctx is None:  # closed inside the block: the engine is gone, and its records with it
+            return
         n = _native.ffi.new("uint64_t *")
         _native.check(_native.lib.asrkf_trace_count(self._llm._pointer, n))
         _native.check(_native.lib.asrkf_trace(self._llm._pointer, _native.ffi.NULL, 0))

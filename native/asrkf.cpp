@@ -18,12 +18,12 @@ template <typename Body> asrkf_status guarded(Body body) {
         body();
         return ASRKF_OK;
     } catch (const error & e) {
-        set_last_error(e.what());
+        set_last_error(e.what(), e.status);
         return e.status;
     } catch (const std::exception & e) {
-        set_last_error(e.what());
+        set_last_error(e.what(), ASRKF_INTERNAL);
     } catch (...) {
-        set_last_error("unknown failure");
+        set_last_error("unknown failure", ASRKF_INTERNAL);
     }
     return ASRKF_INTERNAL;
 }
@@ -57,7 +57,8 @@ engine & need_engine(llama_context * ctx) {
 extern "C" {
 
 const char * asrkf_last_error(void) { return get_last_error(); }
-void         asrkf_clear_error(void) { set_last_error(""); }
+enum asrkf_status asrkf_last_status(void) { return get_last_status(); }
+void         asrkf_clear_error(void) { set_last_error("", ASRKF_OK); }
 const char * asrkf_version(void) { return ASRKF_VERSION; }
 
 const char * asrkf_status_name(enum asrkf_status status) {

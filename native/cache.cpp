@@ -30,6 +30,7 @@ namespace {
 
 thread_local std::optional<asrkf_config> next_config;
 thread_local std::string                 last_error;
+thread_local asrkf_status                last_status = ASRKF_OK;
 
 struct stopwatch {
     explicit stopwatch(double & sum) : sum(sum), begin(std::chrono::steady_clock::now()) {}
@@ -95,7 +96,8 @@ struct place {
 struct group {
     std::vector<uint32_t>        layers;
     std::vector<bool>            scores_layer;    // by layer
-    uint32_t                     n_score_layers = 0;
+    uint32_t                     n_score_layers    = 0;
+    uint32_t                     first_score_layer = 0;
     std::unique_ptr<group_cache> cache;
     std::unique_ptr<policy>      rule;
     std::unique_ptr<row_mover>   mover;           // null in a context without memory (no_alloc)
@@ -104,11 +106,11 @@ struct group {
     std::vector<int32_t>         token_of;        // by cell, -1: none
     uint32_t                     n_sealed = 0;    // tokens in sealed blocks (staged moves only)
 
-    std::vector<float>           scores;          // by cell, read back from the last scoring step
+    ggml_backend_buffer_ptr      scores_buffer;   // by cell, read back from the last scoring step: pinned where the device
+    size_t                       n_scores = 0;    // offers it, and never moved, since the device may still be writing
     std::string                  scores_name;     // of the tensor in the graph
 
     // the side branch while a graph is being built
-    mutable ggml_cgraph * branch_graph  = nullptr;
     mutable ggml_tensor * branch_sum    = nullptr;
     mutable uint32_t      branch_layers = 0;
 };
@@ -221,6 +223,7 @@ private:
     void synchronize();
     void prepare_to_move();
     void fold_scores_in();
+    void reserve_host_room(group & g, const std::vector<uint32_t> & tokens);
     void copy_to_host(group & g, const std::vector<uint32_t> & tokens);
     void drop_cells(group & g, const std::vector<uint32_t> & tokens);
     std::vector<uint32_t> copy_to_device(group & g, const std::vector<uint32_t> & tokens);
@@ -229,10 +232,12 @@ private:
     void seal(group & g, llama_pos pos_end);
     void forget(uint32_t begin, uint32_t end);
     void rebuild_from_cells();
-    void refuse(const std::string & text);
+    void refuse(const std::string & text, asrkf_status status = ASRKF_UNSUPPORTED);
+    void refuse(const std::exception & e);
 
     const llama_model & model;
     const uint32_t      n_ctx;
+    const uint32_t      n_ubatch;
     const bool          no_alloc;
 
     llama_context *                lctx = nullptr; // learnt at the first update, which every decode begins with
@@ -257,8 +262,7 @@ void group_context::build_side_branch(ggml_context * ctx, ggml_cgraph * gf, ggml
     if (!scoring || !g.scores_layer[size_t(il)]) {
         return;
     }
-    if (g.branch_graph != gf || g.branch_layers == g.n_score_layers) {
-        g.branch_graph  = gf;
+    if (uint32_t(il) == g.first_score_layer) { // a new graph: an earlier one may have been given up halfway
         g.branch_sum    = nullptr;
         g.branch_layers = 0;
     }
@@ -399,7 +403,7 @@ void check_cache_types(const llama_model & model, const llama_memory_params & pa
 
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
     : config(config), soft_cap(model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f),
-      model(model), n_ctx(cparams.n_ctx_seq), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)) {
+      model(model), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)) {
     const auto & hparams = model.hparams;
     const uint32_t n_layer = hparams.n_layer_all;
 
@@ -409,11 +413,17 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     uint64_t token_bytes = 0;
     for (uint32_t il = 0; il < (has_draft_layers ? hparams.n_layer() : n_layer); ++il) {
         if (hparams.has_kv(il)) {
+            if (hparams.n_head(il) == 0 || hparams.n_head_kv(il) == 0) {
+                unsupported(format("layer %u of this %s has no attention, which the policy does not serve yet; use kv_policy=\"full\"", il, model.arch_name().c_str()));
+            }
+            check_cache_types(model, params, cparams, il);
             layers.push_back(il);
             token_bytes += ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il));
         }
     }
-    check_cache_types(model, params, cparams, layers.at(0));
+    if (layers.empty()) {
+        unsupported("the model has no layer with a KV cache; use kv_policy=\"full\"");
+    }
 
     group_of_layer.assign(n_layer, 0);
     const auto specs = parse_groups(config.layers);
@@ -449,7 +459,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
 
     // refuse before anything is allocated
     for (const group & g : groups) {
-        check_pool(g, cparams.n_ubatch, n_pinned());
+        check_pool(g, n_ubatch, n_pinned());
     }
 
     budget.limit_bytes = config.host_limit;
@@ -484,13 +494,19 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
             if (g.n_score_layers == 0) {
                 throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s names no layer of group %zu (\"%s\")", config.score_layers, ig, config.layers));
             }
+            g.first_score_layer = uint32_t(std::find(g.scores_layer.begin(), g.scores_layer.end(), true) - g.scores_layer.begin());
         }
 
         if (!no_alloc) {
             g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
             ggml_backend_dev_t dev = g.mover->is_staged() ? model.dev_layer(int(g.layers[0])) : nullptr;
             ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
-            g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft ? buft : ggml_backend_cpu_buffer_type(), budget);
+            buft = buft ? buft : ggml_backend_cpu_buffer_type();
+            g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
+            g.scores_buffer.reset(ggml_backend_buft_alloc_buffer(buft, pool_cells*sizeof(float)));
+            if (!g.scores_buffer) {
+                throw error(ASRKF_INTERNAL, "no host memory for the scores");
+            }
         }
         LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, window %u, steps of at most %u tokens\n", __func__,
                 policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
@@ -534,7 +550,8 @@ llama_memory_i * create(const llama_model & model, const llama_memory_params & p
         check_context(model, params, cparams);
         return new memory(model, params, cparams, *config);
     } catch (const std::exception & e) {
-        set_last_error(e.what());
+        const auto * known = dynamic_cast<const error *>(&e);
+        set_last_error(e.what(), known ? known->status : ASRKF_INTERNAL);
         throw;
     }
 }
@@ -545,12 +562,12 @@ const bool registered = [] { llama_memory_factory_ext = create; return true; }()
 // batches
 //
 
-llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
+llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch_max, bool /*embd_all*/) {
     try {
         if (!fault.empty()) {
             unsupported(fault);
         }
-        uint32_t n_step = n_ubatch;
+        uint32_t n_step = n_ubatch_max;
         for (const group & g : groups) {
             n_step = std::min(n_step, g.rule->max_ubatch());
         }
@@ -574,17 +591,15 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         }
         return std::make_unique<memory_context>(*this, std::move(ubatches));
     } catch (const std::exception & e) {
-        refuse(e.what());
+        refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 }
 
 llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimize*/) {
-    if (!lctx) {
-        lctx = ctx;
-        if (!ctx->get_cparams().flash_attn) { // "auto" has been resolved by now
-            fault = "flash attention resolved to off on this device: use a cache type that it supports, or kv_policy=\"full\"";
-        }
+    lctx = ctx;
+    if (!ctx->get_cparams().flash_attn) { // "auto" has been resolved by now
+        fault = "flash attention resolved to off on this device: use a cache type that it supports, or kv_policy=\"full\"";
     }
     return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_NO_UPDATE);
 }
@@ -623,11 +638,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         {
             stopwatch watch(counters.moves_seconds);
             for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
-                const auto & freeze = plans[ig].freeze;
-                if (!freeze.empty()) {
-                    const auto & places = groups[ig].places;
-                    groups[ig].store->reserve(size_t(std::count_if(freeze.begin(), freeze.end(), [&](uint32_t i) { return places[i].slot < 0; })));
-                }
+                reserve_host_room(groups[ig], plans[ig].freeze);
             }
             for (size_t ig = 0; ig < groups.size(); ++ig) {
                 carry_out(groups[ig], plans[ig]);
@@ -679,7 +690,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         counters.steps_total++;
         return true;
     } catch (const std::exception & e) {
-        refuse(e.what());
+        refuse(e);
         return false;
     }
 }
@@ -693,12 +704,11 @@ void memory::read_scores(llama_context & ctx, const llm_graph_result & res) {
     ggml_backend_sched_t sched = ctx.get_sched();
     for (group & g : groups) {
         ggml_tensor * scores = g.n_score_layers ? ggml_get_tensor(res.get_ctx(), g.scores_name.c_str()) : nullptr;
-        if (!scores) {
-            g.scores.clear();
-            continue;
+        g.n_scores = scores ? size_t(scores->ne[0]) : 0;
+        if (scores) {
+            void * out = ggml_backend_buffer_get_base(g.scores_buffer.get());
+            ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, ggml_nbytes(scores));
         }
-        g.scores.resize(size_t(scores->ne[0]));
-        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, g.scores.data(), 0, ggml_nbytes(scores));
     }
     scores_pending = true;
 }
@@ -712,9 +722,10 @@ void memory::fold_scores_in() {
     scores_pending = false;
     synchronize();
     for (group & g : groups) {
-        for (size_t cell = 0; cell < g.scores.size(); ++cell) {
+        const auto * scores = static_cast<const float *>(ggml_backend_buffer_get_base(g.scores_buffer.get()));
+        for (size_t cell = 0; cell < g.n_scores; ++cell) {
             if (g.token_of[cell] >= 0) {
-                g.rule->observe(uint32_t(g.token_of[cell]), g.scores[cell]);
+                g.rule->observe(uint32_t(g.token_of[cell]), scores[cell]);
             }
         }
     }
@@ -739,6 +750,33 @@ void memory::prepare_to_move() {
             }
             g.mover->attach(backends);
         }
+    }
+}
+
+// Room for the host copies that these tokens do not have yet. Copies of other active tokens only save time: near the
+// limit they make way. Throws with no state changed but those.
+void memory::reserve_host_room(group & g, const std::vector<uint32_t> & tokens) {
+    const size_t n = size_t(std::count_if(tokens.begin(), tokens.end(), [&](uint32_t i) { return g.places[i].slot < 0; }));
+    if (n == 0) {
+        return;
+    }
+    try {
+        g.store->reserve(n);
+    } catch (const error & e) {
+        if (e.status != ASRKF_HOST_LIMIT) {
+            throw;
+        }
+        std::vector<bool> wanted(g.places.size(), false);
+        for (const uint32_t i : tokens) {
+            wanted[i] = true;
+        }
+        for (size_t i = 0; i < g.places.size(); ++i) {
+            if (g.places[i].cell >= 0 && g.places[i].slot >= 0 && !wanted[i]) {
+                g.store->release(uint32_t(g.places[i].slot));
+                g.places[i].slot = -1;
+            }
+        }
+        g.store->reserve(n);
     }
 }
 
@@ -855,18 +893,26 @@ void memory::seal(group & g, llama_pos pos_end) {
     const uint32_t block = g.rule->params.block;
     const llama_pos window_start = pos_end - llama_pos(g.rule->params.window);
     std::vector<uint32_t> tokens;
-    while (g.n_sealed + block <= n_tokens() && g.rule->pos(g.n_sealed + block - 1) < window_start) {
-        for (uint32_t i = g.n_sealed; i < g.n_sealed + block; ++i) {
+    uint32_t end = g.n_sealed;
+    for (; end + block <= n_tokens() && g.rule->pos(end + block - 1) < window_start; end += block) {
+        for (uint32_t i = end; i < end + block; ++i) {
             if (g.places[i].slot < 0) {
                 tokens.push_back(i);
             }
         }
-        g.n_sealed += block;
     }
     if (!tokens.empty()) {
-        prepare_to_move();
-        copy_to_host(g, tokens);
+        try {
+            prepare_to_move();
+            copy_to_host(g, tokens);
+        } catch (const error & e) {
+            if (e.status != ASRKF_HOST_LIMIT) {
+                throw;
+            }
+            return; // no room for copies ahead of time: what is frozen is copied then
+        }
     }
+    g.n_sealed = end;
 }
 
 //
@@ -912,16 +958,37 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
     fold_scores_in();
     prepare_to_move();
     stopwatch watch(counters.moves_seconds);
-    std::vector<std::vector<uint32_t>> chosen(groups.size());
+    std::vector<std::vector<uint32_t>> chosen(groups.size()), copied(groups.size());
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         for (uint32_t i = begin; i < end; ++i) {
             if (groups[ig].places[i].cell >= 0) {
                 chosen[ig].push_back(i);
+                if (groups[ig].places[i].slot < 0) {
+                    copied[ig].push_back(i);
+                }
             }
         }
-        copy_to_host(groups[ig], chosen[ig]);
         n += chosen[ig].size();
+    }
+    try {
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            reserve_host_room(groups[ig], chosen[ig]);
+        }
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            copy_to_host(groups[ig], chosen[ig]);
+        }
+    } catch (...) {
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            for (const uint32_t i : copied[ig]) {
+                int32_t & slot = groups[ig].places[i].slot;
+                if (slot >= 0) {
+                    groups[ig].store->release(uint32_t(slot));
+                    slot = -1;
+                }
+            }
+        }
+        throw;
     }
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         drop_cells(groups[ig], chosen[ig]);
@@ -960,11 +1027,15 @@ uint64_t memory::restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, 
 }
 
 uint32_t memory::n_pinned() const {
-    uint64_t n = 0;
-    for (const auto & [from, to] : pinned) {
-        n += uint64_t(to - from);
+    ranges sorted = pinned; // they may overlap
+    std::sort(sorted.begin(), sorted.end());
+    uint32_t n = 0;
+    int32_t  counted_to = 0;
+    for (const auto & [from, to] : sorted) {
+        n += uint32_t(std::max(0, to - std::max(from, counted_to)));
+        counted_to = std::max(counted_to, to);
     }
-    return uint32_t(std::min<uint64_t>(n, std::numeric_limits<uint32_t>::max()));
+    return n;
 }
 
 bool memory::is_pinned(llama_pos pos) const {
@@ -974,7 +1045,9 @@ bool memory::is_pinned(llama_pos pos) const {
 void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pin) {
     token_range(seq_id, p0, p1); // checks
     lctx = ctx;
-    p1 = p1 < 0 ? seq_pos_max(0) + 1 : p1;
+    if (p1 < 0) { // to the end: of what is there to pin, of everything to unpin
+        p1 = pin ? std::max(p0, seq_pos_max(0) + 1) : std::numeric_limits<int32_t>::max();
+    }
     ranges before = pinned, after;
     for (const auto & [from, to] : pinned) { // what remains of the ranges outside [p0, p1)
         if (from < p0) {
@@ -990,7 +1063,9 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
     pinned = after;
     try {
         for (const group & g : groups) {
-            check_pool(g, g.rule->params.block, n_pinned());
+            if (pin) {
+                check_pool(g, n_ubatch, n_pinned());
+            }
         }
     } catch (...) {
         pinned = before;
@@ -1087,9 +1162,6 @@ void memory::clear(bool data) {
     counters          = {};
     budget.peak_bytes = budget.used_bytes;
     fault.clear();
-    if (lctx && !lctx->get_cparams().flash_attn) {
-        lctx = nullptr; // have the next update find the fault again
-    }
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
@@ -1118,7 +1190,7 @@ void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state
         text = "the state of a cache with several layer groups cannot be saved yet: use layers=shared";
     }
     if (!text.empty()) {
-        set_last_error(text);
+        set_last_error(text, ASRKF_UNSUPPORTED);
         unsupported(text);
     }
     first().cache->state_write(io, seq_id, flags);
@@ -1127,12 +1199,12 @@ void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state
 void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
     if (groups.size() > 1) {
         const std::string text = "a state cannot be loaded into a cache with several layer groups yet: use layers=shared";
-        set_last_error(text);
+        set_last_error(text, ASRKF_UNSUPPORTED);
         unsupported(text);
     }
     if (seq_id > 0) {
         const std::string text = format("sequence %d: the policy serves sequence 0 only", seq_id);
-        set_last_error(text);
+        set_last_error(text, ASRKF_UNSUPPORTED);
         unsupported(text);
     }
     // upstream, too, gives up what was there before it reads
@@ -1142,7 +1214,7 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
     try {
         groups[0].cache->state_read(io, seq_id, flags);
     } catch (const std::exception & e) {
-        set_last_error(format("the state could not be loaded into a pool of %u cells: %s", groups[0].cache->get_size(), e.what()));
+        set_last_error(format("the state could not be loaded into a pool of %u cells: %s", groups[0].cache->get_size(), e.what()), ASRKF_POOL_FULL);
         rebuild_from_cells();
         throw;
     }
@@ -1168,9 +1240,14 @@ void memory::rebuild_from_cells() {
 // what can be seen
 //
 
-void memory::refuse(const std::string & text) {
-    set_last_error(text);
+void memory::refuse(const std::string & text, asrkf_status status) {
+    set_last_error(text, status);
     LLAMA_LOG_ERROR("asrkf: %s\n", text.c_str());
+}
+
+void memory::refuse(const std::exception & e) {
+    const auto * known = dynamic_cast<const error *>(&e);
+    refuse(e.what(), known ? known->status : ASRKF_INTERNAL);
 }
 
 asrkf_stats memory::get_stats(llama_context * ctx) const {
@@ -1281,7 +1358,11 @@ void set_next_config(const asrkf_config * config) {
     }
 }
 
-void         set_last_error(const std::string & text) { last_error = text; }
+void set_last_error(const std::string & text, asrkf_status status) {
+    last_error  = text;
+    last_status = status;
+}
 const char * get_last_error() { return last_error.c_str(); }
+asrkf_status get_last_status() { return last_status; }
 
 } // namespace asrkf

@@ -38,8 +38,9 @@ asrkf_stats upstream_stats(llama_context * ctx);
 // Settings for the next context of this thread; nullptr takes them back.
 void set_next_config(const asrkf_config * config);
 
-// Text of the last failure on this thread.
-void         set_last_error(const std::string & text);
+// Text and status of the last failure on this thread.
+void         set_last_error(const std::string & text, asrkf_status status);
 const char * get_last_error();
+asrkf_status get_last_status();
 
 } // namespace asrkf

@@ -83,6 +83,9 @@ void policy::set_frozen(uint32_t index, bool frozen, bool held) {
 }
 
 void policy::observe(uint32_t index, float score) {
+    if (!std::isfinite(score)) { // an overflowing q.k; a NaN would stay in the average, and has no order
+        return;
+    }
     token & t  = tokens[index];
     t.score    = t.observed ? params.ema*t.score + (1 - params.ema)*score : score;
     t.observed = true;

@@ -13,6 +13,17 @@ constexpr size_t STAGING_ALIGN = 256; // of each tensor's part of the staging bu
 
 static size_t padded(size_t n_bytes) { return (n_bytes + STAGING_ALIGN - 1) / STAGING_ALIGN * STAGING_ALIGN; }
 
+// BLAS-like backends share the CPU's buffers but not its operations.
+static bool moves_rows(ggml_backend_t backend) {
+    ggml_init_params params = { 8*ggml_tensor_overhead(), nullptr, true };
+    ggml_context_ptr holder(ggml_init(params));
+    ggml_context * ctx = holder.get();
+    ggml_tensor * rows = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 64, 64);
+    ggml_tensor * part = ggml_get_rows(ctx, rows, ggml_new_tensor_1d(ctx, GGML_TYPE_I32, 8));
+    ggml_tensor * back = ggml_set_rows(ctx, rows, part, ggml_new_tensor_1d(ctx, GGML_TYPE_I64, 8));
+    return ggml_backend_supports_op(backend, part) && ggml_backend_supports_op(backend, back);
+}
+
 struct row_mover::lane {
     ggml_backend_buffer_type_t buft    = nullptr;
     ggml_backend_t             backend = nullptr;
@@ -147,7 +158,7 @@ size_t row_mover::staging_bytes() const {
 void row_mover::attach(const std::vector<ggml_backend_t> & backends) {
     for (auto & l : lanes) {
         for (ggml_backend_t backend : backends) {
-            if (ggml_backend_supports_buft(backend, l->buft)) {
+            if (ggml_backend_supports_buft(backend, l->buft) && moves_rows(backend)) {
                 l->backend = backend;
                 break;
             }

@@ -1,8 +1,8 @@
 // Moves raw cache rows between device cells and host memory. Knows ggml's tensors and backends, no model and no policy.
 //
 // A token's bytes are its row in every tensor (K and V of each layer), in the order of the tensors. Where the buffers
-// are host memory, rows are copied by memcpy (direct). Elsewhere, and where staged mode is asked for, all rows of a
-// call are gathered on the device into one staging buffer and cross in one transfer, and the same backwards. ggml's
+// are host memory, rows are copied by memcpy (direct). Elsewhere, and where staged mode is asked for, rows are gathered on
+// the device into a staging buffer and cross in one transfer for 64 tokens and device, and the same backwards. ggml's
 // get_rows converts F16 and quantised rows, so the rows are viewed as F32 words; rows that are no whole number of
 // words are copied one by one.
 //

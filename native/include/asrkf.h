@@ -145,9 +145,11 @@ struct asrkf_step {
 /* States of a token in one layer group. */
 enum asrkf_token_state { ASRKF_TOKEN_ACTIVE = 0, ASRKF_TOKEN_ACTIVE_COPIED = 1, ASRKF_TOKEN_FROZEN = 2 };
 
-/* Text of the last failing call on this thread, also of a refused context or a failing llama_decode(); "" if none.
+/* Text and status of the last failing call on this thread, also of a refused context or a failing llama_decode(); "" and
+ * ASRKF_OK if none.
  * Valid until the next call on this thread. */
 ASRKF_API const char * asrkf_last_error(void);
+ASRKF_API enum asrkf_status asrkf_last_status(void);
 ASRKF_API void         asrkf_clear_error(void);
 ASRKF_API const char * asrkf_version(void);
 ASRKF_API const char * asrkf_status_name(enum asrkf_status status);
@@ -186,8 +188,8 @@ ASRKF_API enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, uint32_
  * be the group's token_bytes. */
 ASRKF_API enum asrkf_status asrkf_get_rows(struct llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size);
 
-/* Record every step into the caller's ring buffer (NULL: stop). The buffer must outlive the context or the call that
- * stops it. *out_n (may be NULL) gets the steps recorded so far; entry i is at i % capacity. */
+/* Record every step into the caller's ring buffer (NULL: stop); both start the count anew. The buffer must outlive the
+ * context or the call that stops it. asrkf_trace_count() gives the steps recorded so far; entry i is at i % capacity. */
 ASRKF_API enum asrkf_status asrkf_trace(struct llama_context * ctx, struct asrkf_step * buffer, size_t capacity);
 ASRKF_API enum asrkf_status asrkf_trace_count(struct llama_context * ctx, uint64_t * out_n);
 
