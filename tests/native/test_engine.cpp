@@ -269,6 +269,34 @@ TEST(sealed_copies, "with staged moves a sealed block has its host copy before i
     llama_free(ctx);
 }
 
+TEST(copies_make_way, "near the host limit the copies of active tokens make way for frozen ones") {
+    llama_context * ctx = make_context("asrkf,pool=512,moves=staged,host_limit=1550000B");
+    CHECK(group_of(ctx, 0).token_bytes == 1024); // 1513 slots: enough for 1408 frozen tokens, not for 1664 sealed ones
+    for (int i = 0; i < 15; ++i) {
+        CHECK(decode(ctx, std::vector<llama_token>(128, i)) == 0);
+    }
+    const asrkf_stats s = stats_of(ctx);
+    CHECK(s.tokens == 1920 && s.frozen_cells >= 1408 && s.host_kv_peak_bytes <= 1550000);
+    CHECK(group_of(ctx, 0).active_copied_cells + s.frozen_cells <= 1513);
+    std::mt19937 random(1);
+    witness(ctx).check(random);
+    llama_free(ctx);
+}
+
+TEST(open_ended_pins, "an open end is what is there to pin, and everything to unpin") {
+    llama_context * ctx = make_context("asrkf,pool=512");
+    CHECK(decode(ctx, std::vector<llama_token>(50, 3)) == 0);
+    CHECK(asrkf_pin(ctx, 0, 0, 150) == ASRKF_OK); // positions to come, too
+    CHECK(asrkf_pin(ctx, 0, 100, -1) == ASRKF_OK);
+    CHECK(asrkf_pin(ctx, 0, 0, 400) == ASRKF_POOL_FULL && asrkf_last_status() == ASRKF_POOL_FULL);
+    CHECK(asrkf_unpin(ctx, 0, 0, -1) == ASRKF_OK);
+    for (int i = 0; i < 8; ++i) {
+        CHECK(decode(ctx, std::vector<llama_token>(100, i)) == 0);
+    }
+    CHECK(asrkf_freeze(ctx, 0, 120, 140, nullptr) == ASRKF_OK); // nothing is pinned any more
+    llama_free(ctx);
+}
+
 TEST(refusals, "a context that cannot be served is refused with the reason") {
     const auto refused = [](const char * policy, options o, const char * part) {
         llama_context * ctx = make_context(policy, o);
