@@ -97,13 +97,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def devices() -> list[str]:
+    """Names of ggml's devices. (llama_supports_gpu_offload() is true for every build that has RPC.)"""
+    import ctypes
+
+    import llama_cpp
+
+    ggml = llama_cpp.llama_cpp._lib  # a handle finds the symbols of its dependencies, too
+    ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
+    ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
+    ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    return [ggml.ggml_backend_dev_name(ggml.ggml_backend_dev_get(i)).decode() for i in range(ggml.ggml_backend_dev_count())]
+
+
 def info(arguments: argparse.Namespace) -> int:
     import llama_cpp
 
     from . import __version__
 
     print(f"asrkf-gguf {__version__}, libllama from {_native.LIBRARY_FOLDER}")
-    print(f"GPU offload: {'yes' if llama_cpp.llama_supports_gpu_offload() else 'no (this build is for the CPU)'}")
+    print(f"devices: {', '.join(devices())}")
     print(llama_cpp.llama_print_system_info().decode().strip())
     print(f"policies: {', '.join(POLICIES)}")
     print("keys (kv_policy=\"asrkf,key=value,...\", FreezeConfig(key=value), LLAMA_KV_POLICY):")

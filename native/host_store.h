@@ -37,7 +37,6 @@ public:
 
     uint8_t *       data(uint32_t slot)       { return where[slot]; }
     const uint8_t * data(uint32_t slot) const { return where[slot]; }
-    size_t slot_size_bytes() const { return slot_bytes; }
     size_t n_used() const { return where.size() - free_slots.size(); }
 
 private:

@@ -80,7 +80,7 @@ def test_asrkf_info_lists_keys_and_the_bytes_of_a_model(smollm2):
     result = command("info", smollm2)
     assert result.returncode == 0, result.stderr
     assert "23040 bytes a token" in result.stdout
-    assert all(word in result.stdout for word in ("timer_share", "flag-all", "libllama from"))
+    assert all(word in result.stdout for word in ("timer_share", "flag-all", "libllama from", "devices: ", "CPU"))
 
 
 def test_bytes_of_llama3_8b_are_128_kib_a_token(llama3_two_layers):
