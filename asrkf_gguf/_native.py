@@ -113,8 +113,8 @@ def parse_config(text: str) -> Any:
 
 def format_config(config: Any) -> str:
     """The whole configuration as a string that parse_config() reads."""
-    out = ffi.new("char[]", 4096)
-    check(lib.asrkf_config_format(config, out, 4096))
+    out = ffi.new("char[]", 8192)
+    check(lib.asrkf_config_format(config, out, 8192))
     return ffi.string(out).decode()
 
 

@@ -10,7 +10,7 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from . import _native
+from . import _native, bench, calibrate
 from .config import POLICIES, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
@@ -156,6 +156,12 @@ def main(argv: Optional[list[str]] = None) -> int:
     shower = commands.add_parser("info", help="what this build can do, and what a model's cache needs")
     shower.add_argument("model", nargs="?", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
     shower.set_defaults(function=info)
+    calibrator = commands.add_parser("calibrate", help="measure a model's layers, for layers=two and layers=each")
+    calibrate.add_arguments(calibrator)
+    calibrator.set_defaults(function=calibrate.main)
+    bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache")
+    bench.add_arguments(bencher)
+    bencher.set_defaults(function=bench.main)
     arguments = parser.parse_args(argv)
     try:
         return arguments.function(arguments)

@@ -25,7 +25,10 @@ class FreezeConfig:
     pool: Optional[PoolSize] = None
     """Size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K and V ("512MiB"). `Llama(kv_pool=...)` sets it."""
     layers: Optional[str] = None
-    """"shared": one set of active tokens; or layer groups with a pool each, "0-8@512/9-29@1024"."""
+    """"shared": one set of active tokens; "two" or "each": layer groups, with budgets by sensitivity; or groups with a pool
+    each, "0-8@512/9-29@1024"."""
+    calibration: Optional[str] = None
+    """File of `asrkf calibrate` with the layers' sensitivities; without it a prior by depth. `Llama` finds its model's."""
     sinks: Optional[int] = None
     """First positions that are never frozen."""
     window: Optional[int] = None
@@ -37,9 +40,28 @@ class FreezeConfig:
     score_layers: Optional[str] = None
     """Layers that score their group, "0-3+7"; "auto": 4 evenly spaced in each group."""
     score_queries: Optional[int] = None
-    """Newest queries of a step that score."""
+    """Newest queries that score, also those of earlier steps."""
+    index: Optional[str] = None
+    """Type of the scoring layers' K rows that stay on the device for all tokens: "auto" (q4_0 where it divides the head),
+    "f16", "q8_0", "q4_0"."""
     ema: Optional[float] = None
     """Weight of the old score at each decision (0..1)."""
+    hysteresis: Optional[float] = None
+    """An active token's score counts this much more (0.2: a fifth)."""
+    recall: Optional[str] = None
+    """"exact": frozen tokens have fresh scores, and come back when a live query asks for them; "off"."""
+    recall_share: Optional[float] = None
+    """Part of the history's cells for the blocks of 16 that the newest queries score best."""
+    recall_limit: Optional[int] = None
+    """Most restores by recall, for each token that is decoded."""
+    rewalk_tokens: Optional[int] = None
+    """Last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none."""
+    recovery: Optional[str] = None
+    """Highest level of recovery that output entropy may start: "off", "soft", "window", "full"."""
+    trigger: Optional[str] = None
+    """"entropy", or "random": the control, at the same rate."""
+    trigger_share: Optional[float] = None
+    """Part of the outputs that may start a recovery (0..0.5)."""
     softness: Optional[float] = None
     """k of the freeze timer floor(sqrt(c)/k), in decisions."""
     timer_share: Optional[float] = None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Optional, Union
 
 import llama_cpp
@@ -12,7 +14,16 @@ import llama_cpp
 from . import _native
 from ._native import KVError
 from .config import FreezeConfig, PoolSize
+from .models import find_side_file
 from .stats import KVStats, read_stats
+
+
+def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
+    """The configuration with the model's side file (asrkf calibrate), if there is one and budgets by layer are wanted."""
+    if config.policy == "full" or config.calibration is not None or config.resolved()["layers"] not in ("two", "each"):
+        return config
+    found = find_side_file(Path(model_path))
+    return dataclasses.replace(config, calibration=str(found)) if found else config
 
 
 class Llama(llama_cpp.Llama):
@@ -45,7 +56,7 @@ class Llama(llama_cpp.Llama):
             config = None
         else:
             config = kv_policy if isinstance(kv_policy, FreezeConfig) else FreezeConfig.from_string(kv_policy)
-            config = config.with_pool(kv_pool)
+            config = with_calibration(config.with_pool(kv_pool), model_path)
         self._kv_policy = config
         self._tracing = False
         self.progress: Optional[Callable[[int, int], None]] = None
@@ -79,18 +90,22 @@ class Llama(llama_cpp.Llama):
     def eval(self, tokens: Sequence[int]) -> None:
         """Evaluate tokens (llama_cpp.Llama.eval); the cache's reason is in the KVError if it refuses."""
         _native.lib.asrkf_clear_error()
+        freezes = len(tokens) > self.n_batch and self.kv_stats().policy != "full"
         try:
-            if self.progress is None or len(tokens) <= self.n_batch:
-                super().eval(tokens)
-                return
             for begin in range(0, len(tokens), self.n_batch):
+                if freezes:  # every one of these batches looks like the end of a prompt: say which is
+                    _native.lib.asrkf_prompt_follows(self._pointer, begin + self.n_batch < len(tokens))
                 super().eval(tokens[begin : begin + self.n_batch])
-                self.progress(min(begin + self.n_batch, len(tokens)), len(tokens))
+                if self.progress is not None and len(tokens) > self.n_batch:
+                    self.progress(min(begin + self.n_batch, len(tokens)), len(tokens))
         except RuntimeError as error:
             reason = _native.last_error()
             if reason:
                 raise KVError(reason, _native.lib.asrkf_last_status()) from error
             raise
+        finally:
+            if freezes:
+                _native.lib.asrkf_prompt_follows(self._pointer, False)
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Save the state; KVError while tokens are frozen (a state is whole or it is not made)."""

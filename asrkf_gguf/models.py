@@ -85,6 +85,16 @@ def resolve_model(name: str) -> Path:
     return path
 
 
+def side_files(model_path: Path) -> list[Path]:
+    """Where a model's calibration may lie, best first: beside the model, or in the cache folder."""
+    name = model_path.name.removesuffix(".gguf") + ".asrkf.json"
+    return [model_path.with_name(name), cache_folder() / "calibrations" / name]
+
+
+def find_side_file(model_path: Path) -> Optional[Path]:
+    return next((path for path in side_files(model_path) if path.is_file()), None)
+
+
 def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = None) -> int:
     """Bytes of K and V that one token needs in a plain cache, from the GGUF's metadata.
 

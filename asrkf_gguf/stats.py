@@ -39,6 +39,8 @@ class KVStats:
     frozen_cells: int
     tokens: int
     device_kv_bytes: int
+    device_index_bytes: int
+    """K rows of the scoring layers in a small type, for all tokens, and the newest queries."""
     device_staging_bytes: int
     device_compute_bytes: int
     host_kv_bytes: int
@@ -49,7 +51,21 @@ class KVStats:
     moves_to_device_total: int
     freezes_total: int
     restores_total: dict[str, int]
-    """By cause: "timer", "window" (protected again), "refill" (room in the pool), "request"."""
+    """By cause: "timer", "window" (protected again), "refill" (room in the pool), "recall" (a live query asked),
+    "recovery" (output entropy asked), "request"."""
+    restores_redundant_total: int
+    """Recalls that did not outlast the next decision."""
+    rewalks_total: int
+    """Times that the end of a prompt was computed again."""
+    rewalked_tokens_total: int
+    recoveries_total: dict[str, int]
+    """By level: "soft", "window", "full"."""
+    outputs_total: int
+    """Outputs whose entropy was measured (while a trace runs, or with recovery)."""
+    entropy: float
+    """Nats, of the last of them; with running mean and standard deviation."""
+    entropy_mean: float
+    entropy_deviation: float
     steps_total: int
     decisions_total: int
     scoring_steps_total: int
@@ -60,7 +76,8 @@ class KVStats:
     groups: tuple[GroupStats, ...]
 
 
-_CAUSES = ("timer", "window", "refill", "request")
+_CAUSES = ("timer", "window", "refill", "recall", "recovery", "request")
+_LEVELS = ("soft", "window", "full")
 
 
 def read_stats(context: Any) -> KVStats:
@@ -76,6 +93,7 @@ def read_stats(context: Any) -> KVStats:
     special = {
         "policy": POLICIES[raw.policy],
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
+        "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},
         "groups": tuple(groups),
     }
     plain = {name: getattr(raw, name) for name in KVStats.__dataclass_fields__ if name not in special}

@@ -2,6 +2,7 @@
 #include "asrkf.h"
 
 #include "cache.h"
+#include "entropy.h"
 
 #include <cstring>
 
@@ -131,6 +132,26 @@ enum asrkf_status asrkf_pin(struct llama_context * ctx, int32_t seq_id, int32_t 
 
 enum asrkf_status asrkf_unpin(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
     return guarded([&] { need_engine(ctx).pin_range(ctx, seq_id, p0, p1, false); });
+}
+
+enum asrkf_status asrkf_prompt_follows(struct llama_context * ctx, int32_t follows) {
+    return guarded([&] { need_engine(ctx).set_prompt_follows(follows != 0); });
+}
+
+enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size) {
+    return guarded([&] {
+        need(model, "model");
+        need(out, "out");
+        const std::string text = model_fingerprint(model);
+        if (text.size() >= size) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
+        }
+        std::memcpy(out, text.c_str(), text.size() + 1);
+    });
+}
+
+enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy) {
+    return guarded([&] { need(logits, "logits"); need(out_entropy, "out_entropy"); *out_entropy = entropy_of(logits, n); });
 }
 
 enum asrkf_status asrkf_get_config(struct llama_context * ctx, struct asrkf_config * out) {

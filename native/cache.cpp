@@ -6,6 +6,9 @@
 // comes before the first change of a group's books, so a token is always in exactly one state.
 #include "cache.h"
 
+#include "budgets.h"
+#include "calibration.h"
+#include "entropy.h"
 #include "host_store.h"
 #include "policy.h"
 #include "relevance.h"
@@ -57,6 +60,8 @@ public:
         return tensors;
     }
 
+    ggml_tensor * k_of(uint32_t il) const { return layers[size_t(map_layer_ids.at(int32_t(il)))].k; }
+
     uint64_t device_bytes() const {
         uint64_t n_bytes = 0;
         for (const auto & [buft, size] : memory_breakdown()) {
@@ -95,9 +100,6 @@ struct place {
 
 struct group {
     std::vector<uint32_t>        layers;
-    std::vector<bool>            scores_layer;    // by layer
-    uint32_t                     n_score_layers    = 0;
-    uint32_t                     first_score_layer = 0;
     std::unique_ptr<group_cache> cache;
     std::unique_ptr<policy>      rule;
     std::unique_ptr<row_mover>   mover;           // null in a context without memory (no_alloc)
@@ -105,47 +107,36 @@ struct group {
     std::vector<place>           places;          // by token
     std::vector<int32_t>         token_of;        // by cell, -1: none
     uint32_t                     n_sealed = 0;    // tokens in sealed blocks (staged moves only)
-
-    ggml_backend_buffer_ptr      scores_buffer;   // by cell, read back from the last scoring step: pinned where the device
-    size_t                       n_scores = 0;    // offers it, and never moved, since the device may still be writing
-    std::string                  scores_name;     // of the tensor in the graph
-
-    // the side branch while a graph is being built
-    mutable ggml_tensor * branch_sum    = nullptr;
-    mutable uint32_t      branch_layers = 0;
 };
 
 class memory;
 
+class memory_context;
+
 // What the graph code sees of one group for the current step.
 class group_context : public llama_kv_cache_context {
 public:
-    group_context(const memory & owner, group & g, std::vector<llama_ubatch> ubatches)
-        : llama_kv_cache_context(g.cache.get(), {}, std::move(ubatches)), owner(owner), g(g) {
+    group_context(const memory_context & whole, group & g, std::vector<llama_ubatch> ubatches)
+        : llama_kv_cache_context(g.cache.get(), {}, std::move(ubatches)), whole(whole) {
         sinfos.resize(this->ubatches.size()); // found when each step is placed
     }
-    group_context(const memory & owner, group & g) : llama_kv_cache_context(g.cache.get()), scoring(true), owner(owner), g(g) {}
+    group_context(const memory_context & whole, group & g) : llama_kv_cache_context(g.cache.get()), whole(whole) {}
 
     void set_slot(llama_kv_cache::slot_info slot) {
         sinfos[i_cur] = std::move(slot);
         n_kv          = kv->get_n_kv(sinfos[i_cur]);
     }
 
-    uint32_t graph_key() const override { return scoring ? 1 : 0; }
-    void build_side_branch(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
-            float kq_scale, int32_t il) const override;
-
-    bool scoring = false; // this step's graph has the relevance branch
+    void build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const override;
 
 protected:
-    const memory & owner;
-    group &        g;
+    const memory_context & whole;
 };
 
 // The context of the whole memory; it is group 0's, and holds the others'.
 class memory_context final : public group_context {
 public:
-    memory_context(memory & mem, std::vector<llama_ubatch> ubatches);
+    memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks);
     explicit memory_context(memory & mem); // worst case, for reserving compute buffers
 
     bool next() override;
@@ -158,9 +149,33 @@ public:
 
     group_context & at(uint32_t ig) { return ig == 0 ? *this : *others[ig - 1]; }
 
+    bool is_first_step() const { return i_cur == 0; }
+    bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); }       // the last tokens of a prompt, computed again
+    bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
+
+    memory &             mem;
+    uint32_t             n_scored = 0; // index rows that this step's graph scores, 0: none
+    std::vector<int64_t> rows;         // index rows of the step's tokens
+    std::vector<int32_t> queries;      // which of them score, and from which row of the ring on they are kept
+    uint32_t             ring_begin = 0;
+
 private:
-    memory & mem;
+    const bool rewalks;
     std::vector<std::unique_ptr<group_context>> others;
+};
+
+// The relevance branch of one graph.
+class side_input final : public llm_graph_input_i {
+public:
+    side_input(const memory_context * mctx, relevance::branch branch) : mctx(mctx), branch(std::move(branch)) {}
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = static_cast<const memory_context *>(params.mctx);
+        return mctx->n_scored == branch.n_scored && branch.rows->ne[0] == params.ubatch.n_tokens;
+    }
+
+    const memory_context * mctx;
+    relevance::branch      branch;
 };
 
 class memory final : public llama_memory_i, public engine {
@@ -201,14 +216,20 @@ public:
     void     set_trace(asrkf_step * buffer, size_t capacity) override { trace = buffer; trace_capacity = capacity; trace_count = 0; }
     uint64_t get_trace_count() const override { return trace_count; }
 
+    void set_prompt_follows(bool follows) override { prompt_follows = follows; }
+
     // of the contexts
     bool place_step(memory_context & mctx, const llama_ubatch & ubatch);
-    void read_scores(llama_context & lctx, const llm_graph_result & res);
+    bool place_rewalk(memory_context & mctx, const llama_ubatch & ubatch);
+    void build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il);
+    void set_side_input(const memory_context & mctx, const relevance::branch & branch);
+    void read_scores(llama_context & lctx, const memory_context & mctx);
+    void step_computed() { rewalk_begin = -1; }
 
-    const asrkf_config    config;
-    std::vector<group>    groups;
-    std::vector<uint32_t> group_of_layer;
-    const float           soft_cap;
+    const asrkf_config         config;
+    std::vector<group>         groups;
+    std::vector<uint32_t>      group_of_layer;
+    std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
 
 private:
     const group & first() const { return groups[0]; }
@@ -218,11 +239,20 @@ private:
     uint32_t n_pinned() const;
     bool     is_pinned(llama_pos pos) const;
     void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
+    void     make_groups(const std::vector<layer_budget> & layers);
+    uint32_t  n_index_layers(size_t n_layers) const;
+    ggml_type index_type() const;
+    std::vector<scoring_layer> choose_scoring_layers(const std::vector<uint32_t> & layers, bool offload) const;
+    std::optional<llama_ubatch> rewalk_of(const std::vector<llama_ubatch> & ubatches) const;
+    occasion read_entropy();
     void     check_host_limit(uint32_t n_new) const;
 
     void synchronize();
     void prepare_to_move();
+    void decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why);
+    uint64_t n_restores() const;
     void fold_scores_in();
+    void point_at_rows(memory_context & mctx, uint32_t n, bool scoring);
     void reserve_host_room(group & g, const std::vector<uint32_t> & tokens);
     void copy_to_host(group & g, const std::vector<uint32_t> & tokens);
     void drop_cells(group & g, const std::vector<uint32_t> & tokens);
@@ -232,18 +262,39 @@ private:
     void seal(group & g, llama_pos pos_end);
     void forget(uint32_t begin, uint32_t end);
     void rebuild_from_cells();
+    void index_from_cells();
     void refuse(const std::string & text, asrkf_status status = ASRKF_UNSUPPORTED);
     void refuse(const std::exception & e);
 
     const llama_model & model;
+    const bool          one_ranking;              // layers=each: budgets differ, the order does not
     const uint32_t      n_ctx;
     const uint32_t      n_ubatch;
+    std::vector<double> sensitivities;            // by layer, for those with a KV cache
     const bool          no_alloc;
 
     llama_context *                lctx = nullptr; // learnt at the first update, which every decode begins with
     std::vector<llama_kv_cell_ext> exts;           // by token: what a cell holds beside its position
     ranges                         pinned;
-    bool                           scores_pending = false;
+
+    std::vector<uint32_t>   rows;                   // by token: its row in the index
+    std::vector<int32_t>    token_of_row;           // -1: none
+    std::vector<uint32_t>   free_rows;              // the last is taken first
+    std::vector<llama_pos>  ring_pos;               // of the queries that are kept
+    uint32_t                ring_next      = 0;
+    const relevance::branch * scoring_branch = nullptr; // of the graph that runs
+    side_input *            side           = nullptr; // of the graph that is being built
+    ggml_backend_buffer_ptr scores_buffer;          // [groups that are scored + the peaks][rows], read back from the last scoring step: pinned where
+    uint32_t                n_scores       = 0;     // the device offers it, and never moved, since the device may still be writing
+    std::vector<uint32_t>   scored_groups;          // in the order of scores_buffer
+    bool                    scores_pending = false;
+
+    recovery_trigger trigger;
+    bool             output_pending = false;        // the last call had an output row
+    occasion         next_occasion  = occasion::step;
+    bool             prompt_follows = false;        // the caller says that the next call continues the prompt
+    llama_pos        call_begin     = -1;           // first position of the current call
+    llama_pos        rewalk_begin   = -1;           // first position that is being computed again
     std::string                    fault;          // why the next decode must fail, until clear()
 
     host_budget  budget;
@@ -257,37 +308,21 @@ private:
 // group_context, memory_context
 //
 
-void group_context::build_side_branch(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k, ggml_tensor * kq_mask,
-        float kq_scale, int32_t il) const {
-    if (!scoring || !g.scores_layer[size_t(il)]) {
-        return;
-    }
-    if (uint32_t(il) == g.first_score_layer) { // a new graph: an earlier one may have been given up halfway
-        g.branch_sum    = nullptr;
-        g.branch_layers = 0;
-    }
-    const attention_inputs in = { q, k, kq_mask, kq_scale, owner.soft_cap };
-    ggml_tensor * scores = build_relevance(ctx, in, g.rule->params.score, owner.config.score_queries);
-    g.branch_sum = g.branch_sum ? ggml_add(ctx, g.branch_sum, scores) : scores;
-    ggml_build_forward_expand(gf, g.branch_sum); // here, so that it runs beside this layer's attention and its memory is free again
-    if (++g.branch_layers == g.n_score_layers) {
-        g.branch_sum = ggml_scale(ctx, g.branch_sum, 1.0f / float(g.n_score_layers));
-        ggml_set_name(g.branch_sum, g.scores_name.c_str());
-        ggml_set_output(g.branch_sum);
-        ggml_build_forward_expand(gf, g.branch_sum);
+void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
+    whole.mem.build_side_branch(whole, res, gf, q, k_cur, kq_scale, il);
+}
+
+memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks)
+    : group_context(*this, mem.groups[0], ubatches), mem(mem), rewalks(rewalks) {
+    for (size_t i = 1; i < mem.groups.size(); ++i) {
+        others.push_back(std::make_unique<group_context>(*this, mem.groups[i], ubatches));
     }
 }
 
-memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches)
-    : group_context(mem, mem.groups[0], ubatches), mem(mem) {
+memory_context::memory_context(memory & mem)
+    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), rewalks(false) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
-        others.push_back(std::make_unique<group_context>(mem, mem.groups[i], ubatches));
-    }
-}
-
-memory_context::memory_context(memory & mem) : group_context(mem, mem.groups[0]), mem(mem) {
-    for (size_t i = 1; i < mem.groups.size(); ++i) {
-        others.push_back(std::make_unique<group_context>(mem, mem.groups[i]));
+        others.push_back(std::make_unique<group_context>(*this, mem.groups[i]));
     }
 }
 
@@ -299,15 +334,18 @@ bool memory_context::next() {
     return more;
 }
 
-bool memory_context::apply() { return mem.place_step(*this, ubatches[i_cur]); }
+bool memory_context::apply() { return is_rewalk() ? mem.place_rewalk(*this, ubatches[i_cur]) : mem.place_step(*this, ubatches[i_cur]); }
 
-void memory_context::on_computed(llama_context & lctx, const llm_graph_result & res) {
-    if (scoring) {
-        mem.read_scores(lctx, res);
+void memory_context::on_computed(llama_context & lctx, const llm_graph_result &) {
+    if (n_scored > 0) {
+        mem.read_scores(lctx, *this);
     }
+    mem.step_computed();
 }
 
 uint32_t memory_context::group_of(int32_t il) const { return mem.group_of_layer[size_t(il)]; }
+
+void side_input::set_input(const llama_ubatch *) { mctx->mem.set_side_input(*mctx, branch); }
 
 //
 // creation
@@ -401,16 +439,39 @@ void check_cache_types(const llama_model & model, const llama_memory_params & pa
     }
 }
 
+// What a calibration is for: shape, size and the norm weights, which no two trainings share.
+std::string fingerprint(const llama_model & model) {
+    uint64_t hash = 14695981039346656037ull; // FNV-1a
+    const auto add = [&](const void * data, size_t n) {
+        for (size_t i = 0; i < n; ++i) {
+            hash = (hash ^ static_cast<const uint8_t *>(data)[i])*1099511628211ull;
+        }
+    };
+    const std::string shape = format("%s %u %u", model.arch_name().c_str(), model.hparams.n_layer_all, model.hparams.n_embd);
+    add(shape.data(), shape.size());
+    std::vector<uint8_t> bytes;
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        add(name.data(), name.size());
+        add(&tensor->type, sizeof(tensor->type));
+        if (name.find("_norm.weight") != std::string::npos && tensor->buffer) {
+            bytes.resize(ggml_nbytes(tensor));
+            ggml_backend_tensor_get(tensor, bytes.data(), 0, bytes.size());
+            add(bytes.data(), bytes.size());
+        }
+    }
+    return format("%s-%016llx", model.arch_name().c_str(), (unsigned long long) hash);
+}
+
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
-    : config(config), soft_cap(model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f),
-      model(model), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)) {
+    : config(config), model(model), one_ranking(std::strcmp(config.layers, "each") == 0), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)),
+      trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed) {
     const auto & hparams = model.hparams;
     const uint32_t n_layer = hparams.n_layer_all;
 
     // layers of a draft head (NextN) are never attended by the main graph
     const bool has_draft_layers = hparams.n_layer_nextn > 0 && hparams.n_layer() > 0 && hparams.router_layer < 0;
-    std::vector<uint32_t> layers;
-    uint64_t token_bytes = 0;
+    std::vector<uint32_t>     layers;
+    std::vector<layer_budget> layer_budgets;
     for (uint32_t il = 0; il < (has_draft_layers ? hparams.n_layer() : n_layer); ++il) {
         if (hparams.has_kv(il)) {
             if (hparams.n_head(il) == 0 || hparams.n_head_kv(il) == 0) {
@@ -418,44 +479,36 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
             }
             check_cache_types(model, params, cparams, il);
             layers.push_back(il);
-            token_bytes += ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il));
+            layer_budgets.push_back({ il, 0, ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)) });
         }
     }
     if (layers.empty()) {
         unsupported("the model has no layer with a KV cache; use kv_policy=\"full\"");
     }
-
-    group_of_layer.assign(n_layer, 0);
-    const auto specs = parse_groups(config.layers);
-    if (specs.empty()) {
-        groups.resize(1);
-        groups[0].layers = layers;
-        groups[0].rule   = std::make_unique<policy>(make_policy_params(config, resolve_pool(config, n_ctx, token_bytes)));
-    } else {
-        std::vector<bool> taken(n_layer, false);
-        for (const auto & spec : specs) {
-            groups.emplace_back();
-            for (const auto & [from, to] : spec.layers) {
-                for (int32_t il = from; il <= to; ++il) {
-                    if (il >= int32_t(n_layer) || !std::count(layers.begin(), layers.end(), uint32_t(il)) || taken[size_t(il)]) {
-                        throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %d %s", config.layers, il,
-                                il < int32_t(n_layer) && taken[size_t(il)] ? "is in two groups" : "has no KV cache in this model"));
-                    }
-                    taken[size_t(il)] = true;
-                    groups.back().layers.push_back(uint32_t(il));
-                    group_of_layer[size_t(il)] = uint32_t(groups.size() - 1);
-                }
-            }
-            asrkf_config own = config;
-            own.pool_cells = spec.pool_cells;
-            groups.back().rule = std::make_unique<policy>(make_policy_params(own, resolve_pool(own, n_ctx, token_bytes)));
+    if (*config.calibration) {
+        const calibration found = read_calibration(config.calibration);
+        const std::string own = fingerprint(model);
+        if (found.fingerprint != own) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("calibration=%s was made for another model (%s, this one is %s): run asrkf calibrate on this model", config.calibration,
+                    found.fingerprint.c_str(), own.c_str()));
         }
-        for (const uint32_t il : layers) {
-            if (!taken[il]) {
-                throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %u is in no group", config.layers, il));
-            }
+        if (found.sensitivities.size() != layers.size()) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("calibration=%s has %zu layers, the model has %zu", config.calibration, found.sensitivities.size(), layers.size()));
+        }
+        for (size_t i = 0; i < layers.size(); ++i) {
+            layer_budgets[i].sensitivity = found.sensitivities[i];
+        }
+    } else {
+        for (size_t i = 0; i < layers.size(); ++i) {
+            layer_budgets[i].sensitivity = prior_sensitivity(layers.size() > 1 ? double(i) / double(layers.size() - 1) : 0);
         }
     }
+    sensitivities.assign(n_layer, 0);
+    for (const layer_budget & l : layer_budgets) {
+        sensitivities[l.il] = l.sensitivity;
+    }
+    group_of_layer.assign(n_layer, 0);
+    make_groups(layer_budgets);
 
     // refuse before anything is allocated
     for (const group & g : groups) {
@@ -463,54 +516,174 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     }
 
     budget.limit_bytes = config.host_limit;
+    ggml_backend_buffer_type_t scores_buft = ggml_backend_cpu_buffer_type();
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
         const uint32_t pool_cells = g.rule->params.pool_cells;
-        const auto filter = [&](int32_t il) { return std::count(g.layers.begin(), g.layers.end(), uint32_t(il)) > 0; };
+        const auto filter = [&](int32_t il) { return group_of_layer[size_t(il)] == ig; };
         const std::string tag = groups.size() == 1 ? "" : "g" + std::to_string(ig) + "_";
         g.cache = std::make_unique<group_cache>(model, hparams, params.type_k, params.type_v, /*v_trans*/ false, cparams.offload_kqv,
                 /*unified*/ true, pool_cells, /*n_seq_max*/ 1, /*n_pad*/ 1, /*n_swa*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
         g.token_of.assign(pool_cells, -1);
-        g.scores_name = "asrkf_scores_" + std::to_string(ig);
-
-        g.scores_layer.assign(n_layer, false);
-        if (g.rule->params.wants_scores()) {
-            if (std::strcmp(config.score_layers, "auto") == 0) {
-                const size_t n = std::min<size_t>(4, g.layers.size());
-                for (size_t i = 0; i < n; ++i) {
-                    g.scores_layer[g.layers[(2*i + 1)*g.layers.size() / (2*n)]] = true;
-                }
-            } else {
-                for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
-                    for (int32_t il = from; il <= to; ++il) {
-                        if (il >= int32_t(n_layer)) {
-                            throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: the model has %u layers", config.score_layers, n_layer));
-                        }
-                        g.scores_layer[size_t(il)] = g.scores_layer[size_t(il)] || filter(il);
-                    }
-                }
-            }
-            g.n_score_layers = uint32_t(std::count(g.scores_layer.begin(), g.scores_layer.end(), true));
-            if (g.n_score_layers == 0) {
-                throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s names no layer of group %zu (\"%s\")", config.score_layers, ig, config.layers));
-            }
-            g.first_score_layer = uint32_t(std::find(g.scores_layer.begin(), g.scores_layer.end(), true) - g.scores_layer.begin());
-        }
 
         if (!no_alloc) {
             g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
             ggml_backend_dev_t dev = g.mover->is_staged() ? model.dev_layer(int(g.layers[0])) : nullptr;
             ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
-            buft = buft ? buft : ggml_backend_cpu_buffer_type();
+            scores_buft = buft = buft ? buft : ggml_backend_cpu_buffer_type();
             g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
-            g.scores_buffer.reset(ggml_backend_buft_alloc_buffer(buft, pool_cells*sizeof(float)));
-            if (!g.scores_buffer) {
-                throw error(ASRKF_INTERNAL, "no host memory for the scores");
-            }
         }
         LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, window %u, steps of at most %u tokens\n", __func__,
                 policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
     }
+
+    const auto scoring = first().rule->params.wants_scores() ? choose_scoring_layers(layers, cparams.offload_kqv) : std::vector<scoring_layer>();
+    if (!scoring.empty()) {
+        for (const scoring_layer & l : scoring) {
+            if (!std::count(scored_groups.begin(), scored_groups.end(), l.group)) {
+                scored_groups.push_back(l.group);
+            }
+        }
+        scorer = std::make_unique<relevance>(scoring, n_ctx, config.score_queries, index_type(), score_kind(config.score),
+                hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
+        token_of_row.assign(n_ctx, -1);
+        for (uint32_t row = n_ctx; row-- > 0; ) {
+            free_rows.push_back(row);
+        }
+        ring_pos.assign(config.score_queries, -1);
+        scores_buffer.reset(ggml_backend_buft_alloc_buffer(scores_buft, (scored_groups.size() + 1)*n_ctx*sizeof(float)));
+        if (!scores_buffer) {
+            throw error(ASRKF_INTERNAL, "no host memory for the scores");
+        }
+    }
+}
+
+// Rounding an index row costs rank, not content: the smallest type that divides a head.
+ggml_type memory::index_type() const {
+    switch (index_kind(config.index)) {
+        case INDEX_F16:  return GGML_TYPE_F16;
+        case INDEX_Q8_0: return GGML_TYPE_Q8_0;
+        case INDEX_Q4_0: return GGML_TYPE_Q4_0;
+        case INDEX_AUTO: break;
+    }
+    for (const group & g : groups) {
+        for (const uint32_t il : g.layers) {
+            if (model.hparams.n_embd_head_k(il) % uint32_t(ggml_blck_size(GGML_TYPE_Q4_0)) != 0) {
+                return GGML_TYPE_F16;
+            }
+        }
+    }
+    return GGML_TYPE_Q4_0;
+}
+
+void memory::make_groups(const std::vector<layer_budget> & layers) {
+    uint64_t token_bytes = 0;
+    for (const layer_budget & l : layers) {
+        token_bytes += l.token_bytes;
+    }
+    const auto has_kv = [&](uint32_t il) { return std::any_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; }); };
+    const std::string mode = config.layers;
+    std::vector<group_budget> plans;
+    if (const auto specs = parse_groups(mode); !specs.empty()) {
+        std::vector<bool> taken(group_of_layer.size(), false);
+        for (const auto & spec : specs) {
+            plans.emplace_back();
+            for (const auto & [from, to] : spec.layers) {
+                for (int32_t il = from; il <= to; ++il) {
+                    const bool known = il < int32_t(taken.size());
+                    if (!known || !has_kv(uint32_t(il)) || taken[size_t(il)]) {
+                        throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %d %s", config.layers, il,
+                                known && taken[size_t(il)] ? "is in two groups" : "has no KV cache in this model"));
+                    }
+                    taken[size_t(il)] = true;
+                    plans.back().layers.push_back(uint32_t(il));
+                }
+            }
+            asrkf_config own = config;
+            own.pool_cells = spec.pool_cells;
+            plans.back().pool_cells = resolve_pool(own, n_ctx, token_bytes);
+        }
+        for (const layer_budget & l : layers) {
+            if (!taken[l.il]) {
+                throw error(ASRKF_INVALID_ARGUMENT, format("layers=%s: layer %u is in no group", config.layers, l.il));
+            }
+        }
+    } else {
+        asrkf_config whole = config;
+        if (config.pool_bytes && make_policy_params(config, 1).wants_scores()) { // the index is part of the bound
+            const uint64_t index_bytes = n_index_layers(layers.size())*(n_ctx*ggml_row_size(GGML_TYPE_F16, model.hparams.n_embd_k_gqa(layers[0].il)));
+            whole.pool_bytes = config.pool_bytes > index_bytes ? config.pool_bytes - index_bytes : 1;
+        }
+        const uint32_t mean_cells = resolve_pool(whole, n_ctx, token_bytes);
+        // the least that check_pool() takes, with a window of half a pool
+        const uint32_t least = 2*(config.sinks + n_pinned() + std::min(n_ubatch, config.block) + 2*config.block) + config.window;
+        if (mode == "shared" || mean_cells >= n_ctx || layers.size() == 1) {
+            plans.push_back({ {}, mean_cells });
+            for (const layer_budget & l : layers) {
+                plans.back().layers.push_back(l.il);
+            }
+        } else {
+            plans = mode == "two" ? split_two(layers, mean_cells, least, n_ctx) : split_each(layers, mean_cells, least, n_ctx);
+        }
+    }
+    groups.resize(plans.size());
+    for (size_t ig = 0; ig < plans.size(); ++ig) {
+        groups[ig].layers = plans[ig].layers;
+        groups[ig].rule   = std::make_unique<policy>(make_policy_params(config, plans[ig].pool_cells));
+        for (const uint32_t il : plans[ig].layers) {
+            group_of_layer[il] = uint32_t(ig);
+        }
+    }
+}
+
+// How many layers score: 4 of each group, or 8 for the one ranking that layers=each has.
+uint32_t memory::n_index_layers(size_t n_layers) const {
+    if (std::strcmp(config.score_layers, "auto") != 0) {
+        uint32_t n = 0;
+        for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
+            n += uint32_t(to - from + 1);
+        }
+        return n;
+    }
+    return uint32_t(std::min<size_t>(n_layers, std::strcmp(config.layers, "shared") == 0 ? 4 : 8));
+}
+
+std::vector<scoring_layer> memory::choose_scoring_layers(const std::vector<uint32_t> & layers, bool offload) const {
+    const auto & hparams = model.hparams;
+    std::vector<uint32_t> chosen;
+    // the most sensitive layers see best what matters; without a calibration, evenly spaced ones
+    const auto choose = [&](std::vector<uint32_t> from, size_t n) {
+        n = std::min(n, from.size());
+        std::stable_sort(from.begin(), from.end(), [&](uint32_t a, uint32_t b) { return *config.calibration && sensitivities[a] > sensitivities[b]; });
+        for (size_t i = 0; i < n; ++i) {
+            chosen.push_back(*config.calibration ? from[i] : from[(2*i + 1)*from.size() / (2*n)]);
+        }
+    };
+    if (std::strcmp(config.score_layers, "auto") != 0) {
+        for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
+            for (int32_t il = from; il <= to; ++il) {
+                if (!std::count(layers.begin(), layers.end(), uint32_t(il))) {
+                    throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: the model has %zu layers with a KV cache, and %d is none of them", config.score_layers, layers.size(), il));
+                }
+                chosen.push_back(uint32_t(il));
+            }
+        }
+    } else if (one_ranking) {
+        choose(layers, 8);
+    } else {
+        for (const group & g : groups) {
+            choose(g.layers, 4);
+        }
+    }
+    std::sort(chosen.begin(), chosen.end());
+    chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
+    std::vector<scoring_layer> result;
+    for (const uint32_t il : chosen) {
+        ggml_backend_dev_t dev = offload ? model.dev_layer(int(il)) : nullptr;
+        result.push_back({ il, group_of_layer[il], int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
+            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type() });
+    }
+    return result;
 }
 
 void memory::check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const {
@@ -589,10 +762,93 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         if (ubatches.empty()) {
             throw error(ASRKF_INTERNAL, "the batch could not be split");
         }
-        return std::make_unique<memory_context>(*this, std::move(ubatches));
+        next_occasion  = read_entropy();
+        output_pending = balloc.get_n_outputs() > 0;
+        call_begin     = ubatches[0].pos[0];
+        std::optional<llama_ubatch> again = prompt_follows ? std::nullopt : rewalk_of(ubatches);
+        if (again) { // the outputs are those of the second time
+            ubatches.back().output[ubatches.back().n_tokens - 1] = 0;
+            ubatches.push_back(std::move(*again));
+        }
+        return std::make_unique<memory_context>(*this, std::move(ubatches), again.has_value());
     } catch (const std::exception & e) {
         refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
+    }
+}
+
+// The end of a prompt that will not fit its pool: its last tokens once more, as a step of their own, to be computed when
+// the blocks that they ask for are back. Such an end is several tokens with one output, the last.
+std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & ubatches) const {
+    uint32_t n_new = 0, n_outputs = 0, least_pool = n_ctx, n = config.rewalk_tokens;
+    for (const llama_ubatch & u : ubatches) {
+        if (!u.token) {
+            return std::nullopt;
+        }
+        n_new += u.n_tokens;
+        n_outputs += uint32_t(std::count_if(u.output, u.output + u.n_tokens, [](int8_t o) { return o != 0; }));
+    }
+    for (const group & g : groups) {
+        least_pool = std::min(least_pool, g.rule->params.pool_cells);
+        n = std::min({ n, g.rule->params.window, g.rule->max_ubatch(), n_ubatch });
+    }
+    const llama_ubatch & last = ubatches.back();
+    n = std::min(n, n_tokens() + n_new);
+    if (!scorer || !first().rule->params.recall || n_new < 2 || n_outputs != 1 || !last.output[last.n_tokens - 1] || n < 2 || n_tokens() + n_new <= least_pool) {
+        return std::nullopt;
+    }
+    const auto & cparams = lctx->get_cparams();
+    if (cparams.embeddings_nextn || std::count(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true)) {
+        return std::nullopt; // a draft model reads every token's hidden state, once
+    }
+    auto data = std::make_shared<llama_ubatch::data_t>();
+    std::vector<llama_token> tokens;
+    std::vector<llama_pos>   positions;
+    for (uint32_t i = n_tokens() - std::min(n_tokens(), n); i < n_tokens(); ++i) {
+        tokens.push_back(exts[i].tok);
+        positions.push_back(first().rule->pos(i));
+    }
+    for (const llama_ubatch & u : ubatches) {
+        tokens.insert(tokens.end(), u.token, u.token + u.n_tokens);
+        positions.insert(positions.end(), u.pos, u.pos + u.n_tokens);
+    }
+    data->token.assign(tokens.end() - n, tokens.end());
+    data->pos.assign(positions.end() - n, positions.end());
+    if (std::count(data->token.begin(), data->token.end(), LLAMA_TOKEN_NULL)) {
+        return std::nullopt; // it came as an embedding, or from a state that does not hold it
+    }
+    data->n_seq_id.assign(n, 1);
+    data->seq_id_data.assign(n, 0);
+    for (uint32_t i = 0; i < n; ++i) {
+        data->seq_id.push_back(&data->seq_id_data[i]);
+    }
+    data->seq_id_unq = { 0 };
+    data->seq_idx.assign(LLAMA_MAX_SEQ, -1);
+    data->seq_idx[0] = 0;
+    data->output.assign(n, 0);
+    data->output[n - 1] = 1;
+    data->batch_idxs.assign(n, -1);
+    return llama_ubatch { 0, n, 1, n, 1, 1, data->token.data(), nullptr, data->pos.data(), data->n_seq_id.data(), data->seq_id.data(), data->seq_id_unq.data(),
+        data->seq_idx.data(), data->output.data(), data };
+}
+
+// The entropy of the last call's last output, which the caller has had by now, and what it calls for.
+occasion memory::read_entropy() {
+    if (!output_pending || (config.recovery == RECOVERY_OFF && !trace)) {
+        return occasion::step;
+    }
+    stopwatch watch(counters.policy_seconds);
+    output_pending = false;
+    synchronize();
+    const float * logits = lctx->get_logits_ith(-1);
+    if (!logits || n_tokens() == 0) {
+        return occasion::step;
+    }
+    switch (trigger.observe(entropy_of(logits, size_t(model.vocab.n_tokens())), exts.back().tok)) {
+        case RECOVERY_SOFT:   counters.recoveries_soft_total++;   return occasion::soft_reset;
+        case RECOVERY_WINDOW: counters.recoveries_window_total++; return occasion::window_reset;
+        case RECOVERY_FULL:   counters.recoveries_full_total++;   return occasion::full_reset;
+        default:              return occasion::step;
     }
 }
 
@@ -620,31 +876,48 @@ void memory::check_host_limit(uint32_t n_new) const {
     }
 }
 
+void memory::decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why) {
+    fold_scores_in();
+    std::vector<plan> plans;
+    for (const bool frugal : { false, true }) {
+        plans.clear();
+        {
+            stopwatch watch(counters.policy_seconds);
+            for (const group & g : groups) {
+                plans.push_back(g.rule->decide(n_new, pos_new, why, frugal));
+            }
+        }
+        try {
+            for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
+                reserve_host_room(groups[ig], plans[ig].freeze);
+            }
+            break;
+        } catch (const error & e) { // an exchange needs more room than it leaves taken: near the limit, only what must be
+            if (e.status != ASRKF_HOST_LIMIT || frugal) {
+                throw;
+            }
+        }
+    }
+    stopwatch watch(counters.moves_seconds);
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        carry_out(groups[ig], plans[ig]);
+        seal(groups[ig], pos_new + llama_pos(n_new));
+    }
+}
+
+uint64_t memory::n_restores() const {
+    return counters.restores_timer_total + counters.restores_window_total + counters.restores_refill_total + counters.restores_recall_total + counters.restores_recovery_total;
+}
+
 bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
     try {
         const uint32_t  n       = ubatch.n_tokens;
         const llama_pos pos_new = ubatch.pos[0];
-        const uint64_t  freezes = counters.freezes_total, restores = counters.restores_timer_total + counters.restores_window_total + counters.restores_refill_total;
+        const uint64_t  freezes = counters.freezes_total, restores = n_restores();
         const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
 
-        fold_scores_in();
-        std::vector<plan> plans;
-        {
-            stopwatch watch(counters.policy_seconds);
-            for (const group & g : groups) {
-                plans.push_back(g.rule->decide(n, pos_new));
-            }
-        }
-        {
-            stopwatch watch(counters.moves_seconds);
-            for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
-                reserve_host_room(groups[ig], plans[ig].freeze);
-            }
-            for (size_t ig = 0; ig < groups.size(); ++ig) {
-                carry_out(groups[ig], plans[ig]);
-                seal(groups[ig], pos_new + llama_pos(n));
-            }
-        }
+        const occasion why = std::exchange(next_occasion, occasion::step);
+        decide_and_move(n, pos_new, why);
 
         std::vector<llama_kv_cache::slot_info> slots;
         for (const group & g : groups) {
@@ -654,7 +927,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             }
         }
 
-        bool scoring = false;
+        bool scoring = mctx.is_before_rewalk();
         for (const group & g : groups) {
             scoring |= g.rule->scores_due(n);
         }
@@ -662,6 +935,11 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             llama_kv_cell_ext ext;
             ext.tok = ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL;
             exts.push_back(ext);
+            if (scorer) {
+                rows.push_back(free_rows.back());
+                free_rows.pop_back();
+                token_of_row[rows.back()] = int32_t(rows.size() - 1);
+            }
         }
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
             group & g = groups[ig];
@@ -677,16 +955,47 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             }
             g.rule->advance(n, scoring);
             mctx.at(ig).set_slot(std::move(slots[ig]));
-            mctx.at(ig).scoring = scoring;
         }
+        point_at_rows(mctx, n, scoring);
 
         counters.scoring_steps_total += scoring;
         if (trace) {
             asrkf_step & step = trace[trace_count++ % trace_capacity];
             step = { counters.steps_total, pos_new, n, first().rule->n_active(), first().rule->n_frozen(), uint32_t(counters.freezes_total - freezes),
-                uint32_t(counters.restores_timer_total + counters.restores_window_total + counters.restores_refill_total - restores), scoring,
+                uint32_t(n_restores() - restores), scoring, uint32_t(why), mctx.is_first_step() ? float(trigger.last()) : 0,
                 float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) };
         }
+        counters.steps_total++;
+        return true;
+    } catch (const std::exception & e) {
+        refuse(e);
+        return false;
+    }
+}
+
+// The last tokens again, in the cells that they have: their rows are overwritten, no token is added.
+bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
+    try {
+        const uint32_t n = ubatch.n_tokens, begin = n_tokens() - n;
+        decide_and_move(0, first().rule->pos(n_tokens() - 1) + 1, occasion::prompt_end);
+        for (uint32_t ig = 0; ig < groups.size(); ++ig) {
+            group & g = groups[ig];
+            llama_kv_cache::slot_info slot = { 0, 0, { 0 }, { {} } };
+            for (uint32_t i = begin; i < n_tokens(); ++i) {
+                place & p = g.places[i];
+                slot.idxs[0].push_back(uint32_t(p.cell)); // in the window, so in the pool
+                if (p.slot >= 0) {
+                    g.store->release(uint32_t(p.slot));
+                    p.slot = -1;
+                }
+            }
+            g.n_sealed = std::min(g.n_sealed, begin / g.rule->params.block * g.rule->params.block);
+            mctx.at(ig).set_slot(std::move(slot));
+        }
+        point_at_rows(mctx, n, false);
+        rewalk_begin = ubatch.pos[0];
+        counters.rewalks_total++;
+        counters.rewalked_tokens_total += n;
         counters.steps_total++;
         return true;
     } catch (const std::exception & e) {
@@ -699,16 +1008,76 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
 // scores
 //
 
-void memory::read_scores(llama_context & ctx, const llm_graph_result & res) {
+// The step's tokens are the last n: where the graph writes their K rows and queries, and how many rows it scores.
+void memory::point_at_rows(memory_context & mctx, uint32_t n, bool scoring) {
+    if (!scorer) {
+        return;
+    }
+    mctx.rows.assign(rows.end() - n, rows.end());
+    // a long step is judged by queries from all over it, not by its end; the end of a prompt by its last ones
+    mctx.queries.clear();
+    const uint32_t n_queries = std::min(n, scorer->queries());
+    for (uint32_t i = 0; i < n_queries; ++i) {
+        mctx.queries.push_back(mctx.is_before_rewalk() ? n - n_queries + i : (i + 1)*n/n_queries - 1);
+        ring_pos[ring_next + i < ring_pos.size() ? ring_next + i : ring_next + i - ring_pos.size()] = first().rule->pos(n_tokens() - n + mctx.queries.back());
+    }
+    mctx.ring_begin = ring_next;
+    ring_next = (ring_next + n_queries) % uint32_t(ring_pos.size());
+    mctx.n_scored = 0;
+    if (scoring) {
+        const uint32_t n_rows = *std::max_element(rows.begin(), rows.end()) + 1;
+        mctx.n_scored = std::min(scorer->rows(), (n_rows + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+    }
+}
+
+void memory::build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) {
+    if (!scorer) {
+        return;
+    }
+    const auto & layers = scorer->layers();
+    const auto found = std::find_if(layers.begin(), layers.end(), [&](const scoring_layer & l) { return l.il == uint32_t(il); });
+    if (found == layers.end()) {
+        return;
+    }
+    if (found == layers.begin()) { // a new graph
+        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored))));
+    }
+    scorer->build(res.get_ctx(), gf, side->branch, size_t(found - layers.begin()), q, k_cur, kq_scale);
+}
+
+void memory::set_side_input(const memory_context & mctx, const relevance::branch & branch) {
+    ggml_backend_tensor_set(branch.rows, mctx.rows.data(), 0, ggml_nbytes(branch.rows));
+    std::vector<int64_t> query_rows;
+    for (size_t i = 0; i < mctx.queries.size(); ++i) {
+        query_rows.push_back(int64_t((mctx.ring_begin + i) % ring_pos.size()));
+    }
+    if (branch.queries) {
+        ggml_backend_tensor_set(branch.queries, mctx.queries.data(), 0, ggml_nbytes(branch.queries));
+    }
+    ggml_backend_tensor_set(branch.query_rows, query_rows.data(), 0, ggml_nbytes(branch.query_rows));
+    if (branch.mask) {
+        std::vector<float> mask(branch.n_scored*ring_pos.size(), -INFINITY);
+        for (uint32_t i = 0; i < n_tokens(); ++i) {
+            const llama_pos pos = first().rule->pos(i);
+            for (size_t r = 0; r < ring_pos.size(); ++r) {
+                if (pos <= ring_pos[r] || ring_pos[r] < 0) {
+                    mask[r*branch.n_scored + rows[i]] = 0;
+                }
+            }
+        }
+        ggml_backend_tensor_set(branch.mask, mask.data(), 0, ggml_nbytes(branch.mask));
+    }
+    scoring_branch = &branch;
+}
+
+void memory::read_scores(llama_context & ctx, const memory_context & mctx) {
     stopwatch watch(counters.scoring_seconds);
     ggml_backend_sched_t sched = ctx.get_sched();
-    for (group & g : groups) {
-        ggml_tensor * scores = g.n_score_layers ? ggml_get_tensor(res.get_ctx(), g.scores_name.c_str()) : nullptr;
-        g.n_scores = scores ? size_t(scores->ne[0]) : 0;
-        if (scores) {
-            void * out = ggml_backend_buffer_get_base(g.scores_buffer.get());
-            ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, ggml_nbytes(scores));
-        }
+    auto * out = static_cast<float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
+    n_scores = mctx.n_scored;
+    for (size_t i = 0; i <= scored_groups.size(); ++i) {
+        ggml_tensor * scores = i < scored_groups.size() ? scoring_branch->means[scored_groups[i]] : scoring_branch->peak;
+        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out + i*n_scores, 0, n_scores*sizeof(float));
     }
     scores_pending = true;
 }
@@ -721,11 +1090,26 @@ void memory::fold_scores_in() {
     stopwatch watch(counters.scoring_seconds);
     scores_pending = false;
     synchronize();
-    for (group & g : groups) {
-        const auto * scores = static_cast<const float *>(ggml_backend_buffer_get_base(g.scores_buffer.get()));
-        for (size_t cell = 0; cell < g.n_scores; ++cell) {
-            if (g.token_of[cell] >= 0) {
-                g.rule->observe(uint32_t(g.token_of[cell]), scores[cell]);
+    auto * scores = static_cast<float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
+    const float * peaks = scores + scored_groups.size()*n_scores;
+    std::vector<float> common; // the mean over all scoring layers: for groups without one of their own, or for all
+    if (one_ranking || scored_groups.size() < groups.size()) {
+        common.assign(n_scores, 0);
+        for (size_t i = 0; i < scored_groups.size(); ++i) {
+            const auto & layers = scorer->layers();
+            const auto n = std::count_if(layers.begin(), layers.end(), [&](const scoring_layer & l) { return l.group == scored_groups[i]; });
+            for (size_t row = 0; row < n_scores; ++row) {
+                common[row] += scores[i*n_scores + row]*float(n) / float(layers.size());
+            }
+        }
+    }
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        const auto own = std::find(scored_groups.begin(), scored_groups.end(), uint32_t(ig));
+        const float * means = own == scored_groups.end() || one_ranking ? common.data() : scores + size_t(own - scored_groups.begin())*n_scores;
+        const float keep = groups[ig].rule->average_weight();
+        for (uint32_t i = 0; i < n_tokens(); ++i) {
+            if (rows[i] < n_scores) { // a token of this very call may be newer
+                groups[ig].rule->observe(i, means[rows[i]], peaks[rows[i]], keep);
             }
         }
     }
@@ -877,7 +1261,13 @@ void memory::carry_out(group & g, const plan & p) {
             throw;
         }
         for (const restoration & r : p.restore) {
-            (r.why == cause::timer ? counters.restores_timer_total : r.why == cause::window ? counters.restores_window_total : counters.restores_refill_total)++;
+            switch (r.why) {
+                case cause::timer:    counters.restores_timer_total++;    break;
+                case cause::window:   counters.restores_window_total++;   break;
+                case cause::refill:   counters.restores_refill_total++;   break;
+                case cause::recall:   counters.restores_recall_total++;   break;
+                case cause::recovery: counters.restores_recovery_total++; break;
+            }
         }
     }
     g.rule->commit(p);
@@ -1111,6 +1501,13 @@ void memory::forget(uint32_t begin, uint32_t end) {
         }
     }
     exts.erase(exts.begin() + begin, exts.begin() + end);
+    if (scorer) {
+        for (uint32_t i = end; i-- > begin; ) {
+            token_of_row[rows[i]] = -1;
+            free_rows.push_back(rows[i]);
+        }
+        rows.erase(rows.begin() + begin, rows.begin() + end);
+    }
 }
 
 bool memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
@@ -1118,6 +1515,11 @@ bool memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
     if (seq_id > 0 || n_tokens() == 0 || p0 > seq_pos_max(0)) { // llama-cpp-python asks before every token
         return true;
+    }
+    if (rewalk_begin >= 0 && p0 == rewalk_begin) {
+        // llama_decode() takes a step that failed back by its positions; those of earlier calls were only computed again
+        p0 = std::max(p0, call_begin);
+        rewalk_begin = -1;
     }
     const uint32_t begin = lower_bound(p0), end = lower_bound(p1);
     if (begin < end) {
@@ -1159,6 +1561,11 @@ void memory::clear(bool data) {
         g.cache->clear(data);
         g.rule->clear();
     }
+    std::fill(ring_pos.begin(), ring_pos.end(), -1);
+    ring_next = 0;
+    trigger.clear();
+    output_pending    = false;
+    next_occasion     = occasion::step;
     counters          = {};
     budget.peak_bytes = budget.used_bytes;
     fault.clear();
@@ -1168,6 +1575,11 @@ std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
     std::map<ggml_backend_buffer_type_t, size_t> sum;
     for (const group & g : groups) {
         for (const auto & [buft, size] : g.cache->memory_breakdown()) {
+            sum[buft] += size;
+        }
+    }
+    if (scorer) {
+        for (const auto & [buft, size] : scorer->breakdown()) {
             sum[buft] += size;
         }
     }
@@ -1234,6 +1646,41 @@ void memory::rebuild_from_cells() {
         g.rule->set_pinned(g.rule->n_tokens() - 1, is_pinned(pos));
         exts.push_back(g.cache->cells().ext_get(cell));
     }
+    if (scorer) {
+        std::fill(token_of_row.begin(), token_of_row.end(), -1);
+        rows.clear();
+        free_rows.clear();
+        for (uint32_t row = n_ctx; row-- > n_tokens(); ) {
+            free_rows.push_back(row);
+        }
+        for (uint32_t i = 0; i < n_tokens(); ++i) {
+            rows.push_back(i);
+            token_of_row[i] = int32_t(i);
+        }
+        index_from_cells();
+    }
+}
+
+// A loaded state brings K rows that no graph of ours has seen: write them into the index here.
+void memory::index_from_cells() {
+    group & g = groups[0];
+    const ggml_type type = index_type();
+    for (size_t s = 0; s < scorer->layers().size(); ++s) {
+        ggml_tensor * k = g.cache->k_of(scorer->layers()[s].il);
+        const size_t n = size_t(k->ne[0]), row_bytes = ggml_row_size(k->type, k->ne[0]);
+        std::vector<uint8_t> stored(row_bytes), indexed(ggml_row_size(type, k->ne[0]));
+        std::vector<float>   values(n);
+        for (uint32_t i = 0; i < n_tokens(); ++i) {
+            ggml_backend_tensor_get(k, stored.data(), size_t(g.places[i].cell)*k->nb[1], row_bytes);
+            if (k->type == GGML_TYPE_F32) {
+                std::memcpy(values.data(), stored.data(), row_bytes);
+            } else {
+                ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), int64_t(n));
+            }
+            ggml_quantize_chunk(type, values.data(), indexed.data(), 0, 1, int64_t(n), nullptr);
+            scorer->set_row(s, rows[i], indexed.data());
+        }
+    }
 }
 
 //
@@ -1259,11 +1706,17 @@ asrkf_stats memory::get_stats(llama_context * ctx) const {
     s.active_cells       = first().rule->n_active();
     s.frozen_cells       = first().rule->n_frozen();
     s.tokens             = n_tokens();
+    s.device_index_bytes = scorer ? scorer->device_bytes() : 0;
+    s.outputs_total      = trigger.count();
+    s.entropy            = float(trigger.last());
+    s.entropy_mean       = float(trigger.mean());
+    s.entropy_deviation  = float(trigger.deviation());
     s.host_kv_bytes      = budget.used_bytes;
     s.host_kv_peak_bytes = budget.peak_bytes;
     for (const group & g : groups) {
         s.device_kv_bytes      += g.cache->device_bytes();
         s.device_staging_bytes += g.mover ? g.mover->staging_bytes() : 0;
+        s.restores_redundant_total += g.rule->n_redundant();
     }
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         s.device_compute_bytes += data.context > 0 ? data.compute : 0;
@@ -1329,6 +1782,8 @@ void memory::get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t 
 }
 
 } // namespace
+
+std::string model_fingerprint(const llama_model * model) { return fingerprint(*model); }
 
 engine * engine_of(llama_context * ctx) { return dynamic_cast<memory *>(llama_get_memory(ctx)); }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 struct llama_context;
+struct llama_model;
 
 namespace asrkf {
 
@@ -18,6 +19,8 @@ public:
     virtual uint64_t freeze_range (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
     virtual uint64_t restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
     virtual void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) = 0;
+
+    virtual void     set_prompt_follows(bool follows) = 0;
 
     virtual const asrkf_config & get_config() const = 0;
     virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
@@ -34,6 +37,9 @@ engine * engine_of(llama_context * ctx);
 
 // The same figures for a context that runs upstream's cache: every cell is active.
 asrkf_stats upstream_stats(llama_context * ctx);
+
+// What a calibration side file names its model by.
+std::string model_fingerprint(const llama_model * model);
 
 // Settings for the next context of this thread; nullptr takes them back.
 void set_next_config(const asrkf_config * config);

@@ -45,14 +45,24 @@ const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
 // The table. The Python dataclass and the README are checked against it.
 const field table[] = {
     { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K and V (512MiB); required" },
-    { "layers", TEXT, AT(layers), "", 0, 0, "\"shared\": one set of active tokens for all layers; or groups with a pool each, \"0-8@512/9-29@1024\"" },
+    { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
+    { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities; without it a prior by depth" },
     { "sinks", INTEGER, AT(sinks), "", 0, 4096, "first positions that are never frozen" },
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
     { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), or a control" },
     { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score their group, \"0-3+7\"; \"auto\": 4 evenly spaced in each group" },
-    { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "newest queries of a step that score" },
+    { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "newest queries that score, also those of earlier steps" },
+    { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16" },
     { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score at each decision" },
+    { "hysteresis", REAL, AT(hysteresis), "", 0, 10, "an active token's score counts this much more (0.2: a fifth)" },
+    { "recall", CHOICE, AT(recall), "off|exact", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them" },
+    { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },
+    { "recall_limit", INTEGER, AT(recall_limit), "", 1, 1 << 20, "most restores by recall, for each token that is decoded" },
+    { "rewalk_tokens", INTEGER, AT(rewalk_tokens), "", 0, 512, "last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none" },
+    { "recovery", CHOICE, AT(recovery), "off|soft|window|full", 0, 0, "highest level of recovery that output entropy may start" },
+    { "trigger", CHOICE, AT(trigger), "entropy|random", 0, 0, "what starts it; random: the control, at the same rate" },
+    { "trigger_share", REAL, AT(trigger_share), "", 0, 0.5, "part of the outputs that may start it: how far out on the run's own entropies" },
     { "softness", REAL, AT(softness), "", 1e-3, 1e3, "k of the freeze timer floor(sqrt(c)/k), in decisions; c counts how often the token was found unimportant" },
     { "timer_share", REAL, AT(timer_share), "", 0, 0.5, "part of the pool for tokens that are back because their timer ended" },
     { "timer_grace", INTEGER, AT(timer_grace), "", 1, 1024, "decisions that such a token stays before it is judged again" },
@@ -290,22 +300,33 @@ asrkf_config config_default(int32_t policy) {
     c.interval      = 8;
     c.score         = SCORE_ATTENTION;
     c.score_queries = 8;
-    c.ema           = 0.5f; // scores of frozen tokens go stale: a slower average would keep what mattered long ago
+    c.ema           = 0.7f;
+    c.hysteresis    = 0.2f;
+    c.recall        = RECALL_EXACT;
+    c.recall_share  = 0.25f;
+    c.recall_limit  = 12;
+    c.rewalk_tokens = 48;
+    c.recovery      = RECOVERY_OFF;
+    c.trigger_share = 0.05f;
     c.softness      = 0.25f;
-    c.timer_share   = 0.1f;
+    c.timer_share   = policy == ASRKF_POLICY_ASRKF ? 0.0f : 0.1f; // with recall no token waits for a timer
     c.timer_grace   = 4;
     c.tau           = 0;
     c.block         = 32;
     c.moves         = MOVES_AUTO;
-    set_text(c.layers, "shared");
+    set_text(c.layers, policy == ASRKF_POLICY_ASRKF ? "each" : "shared"); // the controls and the paper have one set
     set_text(c.score_layers, "auto");
     switch (policy) {
         case ASRKF_POLICY_RANDOM:
-            c.score = SCORE_RANDOM;
+            c.score         = SCORE_RANDOM;
+            c.recall        = RECALL_OFF;
+            c.rewalk_tokens = 0;
             break;
         case ASRKF_POLICY_WINDOW:
-            c.score       = SCORE_RECENCY;
-            c.timer_share = 0;
+            c.score         = SCORE_RECENCY;
+            c.recall        = RECALL_OFF;
+            c.rewalk_tokens = 0;
+            c.timer_share   = 0;
             break;
         case ASRKF_POLICY_PAPER:
         case ASRKF_POLICY_FLAG_ALL:
@@ -318,6 +339,9 @@ asrkf_config config_default(int32_t policy) {
             c.interval      = 1;
             c.score_queries = 1;
             c.ema           = 0;
+            c.hysteresis    = 0;
+            c.recall        = RECALL_OFF;
+            c.rewalk_tokens = 0;
             c.softness      = 2;
             break;
         default:
@@ -326,9 +350,21 @@ asrkf_config config_default(int32_t policy) {
     return c;
 }
 
+// The default policy with a pool that is a part of the context: what is measured in results/quality.csv.
+static const struct { const char * name; float pool_ratio; } presets[] = { { "aggressive", 0.25f }, { "default", 0.33f }, { "quality", 0.67f } };
+
 asrkf_config config_parse(const std::string & text) {
     const auto parts = split(text, ',');
-    asrkf_config config = config_default(parse_choice("policy", parts[0], policy_choices));
+    asrkf_config config = {};
+    for (const auto & preset : presets) {
+        if (parts[0] == preset.name) {
+            config = config_default(ASRKF_POLICY_ASRKF);
+            config.pool_ratio = preset.pool_ratio;
+        }
+    }
+    if (config.struct_size == 0) {
+        config = config_default(parse_choice("policy", parts[0], policy_choices));
+    }
     for (size_t i = 1; i < parts.size(); ++i) {
         const size_t equals = parts[i].find('=');
         if (equals == std::string::npos || equals == 0) {
@@ -432,13 +468,13 @@ ranges parse_layers(const char * key, const std::string & text) { return parse_r
 
 std::vector<group_spec> parse_groups(const std::string & text) {
     std::vector<group_spec> groups;
-    if (text == "shared") {
+    if (text == "shared" || text == "two" || text == "each") {
         return groups;
     }
     for (const auto & part : split(text, '/')) {
         const size_t sign = part.find('@');
         if (sign == std::string::npos || sign == 0) {
-            invalid(format("layers=%s: write \"shared\", or groups with a pool each such as \"0-8@512/9-29@1024\"", text.c_str()));
+            invalid(format("layers=%s: write \"shared\", \"two\", \"each\", or groups with a pool each such as \"0-8@512/9-29@1024\"", text.c_str()));
         }
         const double cells = parse_number("layers", part.substr(sign + 1));
         if (!(cells >= 1) || cells > double(1 << 30) || cells != std::floor(cells)) {

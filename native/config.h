@@ -21,6 +21,10 @@ std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 
 enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };
 enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
+enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };
+enum recall_kind { RECALL_OFF = 0, RECALL_EXACT };
+enum recovery_kind { RECOVERY_OFF = 0, RECOVERY_SOFT, RECOVERY_WINDOW, RECOVERY_FULL }; // the highest level that is used
+enum trigger_kind { TRIGGER_ENTROPY = 0, TRIGGER_RANDOM };
 
 const char * policy_name(int32_t policy);
 
@@ -37,7 +41,7 @@ ranges parse_positions(const char * key, const std::string & text);  // "0-128+5
 ranges parse_layers(const char * key, const std::string & text);     // "0-3+7"
 
 struct group_spec { ranges layers; uint32_t pool_cells; };
-// "0-8@512/9-29@1024": empty for "shared"
+// "0-8@512/9-29@1024": empty for "shared", "two" and "each"
 std::vector<group_spec> parse_groups(const std::string & text);
 
 constexpr uint32_t POOL_PAD_CELLS = 256; // CUDA's grouped attention kernels want n_kv % 256 == 0; get_n_kv pads to it

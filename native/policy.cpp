@@ -24,6 +24,8 @@ void select(std::vector<uint32_t> & indices, size_t n, Better better) {
     }
 }
 
+constexpr uint32_t WINDOW_RESET_DECISIONS = 8; // N of the paper's window reset
+
 } // namespace
 
 policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cells) {
@@ -36,6 +38,10 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.threshold   = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
     p.score       = score_kind(config.score);
     p.ema         = config.ema;
+    p.hysteresis  = config.hysteresis;
+    p.recall      = config.recall != RECALL_OFF && !p.threshold && p.wants_scores();
+    p.recall_share = config.recall_share;
+    p.recall_limit = config.recall_limit;
     p.softness    = config.softness;
     p.timer_share = config.timer_share;
     p.timer_grace = config.timer_grace;
@@ -67,6 +73,7 @@ void policy::erase(uint32_t begin, uint32_t end) {
 void policy::clear() {
     tokens.clear();
     frozen_count = decision = tokens_since_decide = tokens_since_score = 0;
+    redundant_count    = 0;
     protection_changed = false;
 }
 
@@ -82,12 +89,15 @@ void policy::set_frozen(uint32_t index, bool frozen, bool held) {
     t.held   = held;
 }
 
-void policy::observe(uint32_t index, float score) {
-    if (!std::isfinite(score)) { // an overflowing q.k; a NaN would stay in the average, and has no order
+float policy::average_weight() const { return std::pow(params.ema, std::max(1.0f, float(tokens_of_score) / float(params.interval))); }
+
+void policy::observe(uint32_t index, float score, float peak, float keep) {
+    token & t = tokens[index];
+    if (!std::isfinite(score) || !std::isfinite(peak) || (t.frozen && !params.recall)) { // a NaN has no order, and would stay in the average
         return;
     }
-    token & t  = tokens[index];
-    t.score    = t.observed ? params.ema*t.score + (1 - params.ema)*score : score;
+    t.peak     = peak;
+    t.score    = t.observed ? keep*t.score + (1 - keep)*score : score;
     t.observed = true;
 }
 
@@ -103,7 +113,7 @@ float policy::rank(uint32_t index) const {
         case SCORE_RECENCY: return float(index);
         case SCORE_NONE:    return 0;
         // a token that no step has scored yet is not known to be unimportant
-        default:            return t.observed ? t.score : std::numeric_limits<float>::max();
+        default:            return !t.observed ? std::numeric_limits<float>::max() : t.frozen ? t.score : t.score*(1 + params.hysteresis);
     }
 }
 
@@ -119,11 +129,12 @@ bool policy::scores_due(uint32_t n_new) const {
     return params.threshold || n_tokens() + 2ull*n_new + 8ull*params.interval > params.pool_cells;
 }
 
-plan policy::decide(uint32_t n_new, int32_t pos_new) const {
+plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) const {
     plan result;
     const uint32_t n_free = params.pool_cells - n_active();
     const bool due = tokens_since_decide + n_new > params.interval;
-    if (!protection_changed && n_free >= n_new && (!due || (frozen_count == 0 && !params.threshold && n_free >= n_new + params.interval))) {
+    const bool nothing_to_choose = frozen_count == 0 && !params.threshold && n_free >= n_new + params.interval;
+    if (!protection_changed && n_free >= n_new && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }
     const int32_t pos_end = pos_new + int32_t(n_new);
@@ -146,23 +157,108 @@ plan policy::decide(uint32_t n_new, int32_t pos_new) const {
     const uint32_t capacity = uint32_t(params.pool_cells - n_protected - room);
 
     result.decided = true;
+    result.why     = why;
     if (params.threshold) {
         decide_by_threshold(result, capacity, pos_end);
     } else {
-        decide_by_budget(result, capacity, pos_end);
+        decide_by_budget(result, capacity, pos_end, why, frugal);
     }
     std::sort(result.freeze.begin(), result.freeze.end());
     return result;
 }
 
-void policy::decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end) const {
+// Tokens of the blocks with the highest peaks, best block first, at most n_wanted.
+std::vector<uint32_t> policy::blocks_asked_for(int32_t pos_end, size_t n_wanted, bool with_neighbours) const {
+    struct block { float peak; uint32_t index; };
+    std::vector<block> blocks((n_tokens() + RECALL_BLOCK - 1) / RECALL_BLOCK);
+    for (uint32_t b = 0; b < blocks.size(); ++b) {
+        blocks[b] = { 0, b };
+    }
+    for (uint32_t i = 0; i < n_tokens(); ++i) {
+        const token & t = tokens[i];
+        if (!t.held && !is_protected(i, pos_end)) {
+            float & peak = blocks[i / RECALL_BLOCK].peak;
+            peak = std::max(peak, t.frozen ? t.peak : t.peak*(1 + params.hysteresis));
+        }
+    }
+    const size_t n_best = std::min(blocks.size(), n_wanted / RECALL_BLOCK + 2);
+    std::partial_sort(blocks.begin(), blocks.begin() + std::ptrdiff_t(n_best), blocks.end(),
+            [](const block & a, const block & b) { return a.peak != b.peak ? a.peak > b.peak : a.index > b.index; });
+    std::vector<uint32_t> result;
+    std::vector<bool>     taken((n_tokens() + RECALL_BLOCK - 1) / RECALL_BLOCK, false);
+    for (size_t b = 0; b < n_best && blocks[b].peak > 0; ++b) {
+        const uint32_t first = blocks[b].index - (with_neighbours && blocks[b].index > 0), last = blocks[b].index + with_neighbours;
+        for (uint32_t n = first; n <= last && n < taken.size(); ++n) {
+            if (taken[n]) {
+                continue;
+            }
+            taken[n] = true;
+            for (uint32_t i = n*RECALL_BLOCK; i < std::min(n_tokens(), (n + 1)*RECALL_BLOCK); ++i) {
+                if (!tokens[i].held && !is_protected(i, pos_end)) {
+                    result.push_back(i);
+                }
+            }
+            if (result.size() >= n_wanted) {
+                result.resize(n_wanted);
+                return result;
+            }
+        }
+    }
+    return result;
+}
+
+void policy::decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end, occasion why, bool frugal) const {
+    const auto better = [&](uint32_t a, uint32_t b) {
+        const float ra = rank(a), rb = rank(b);
+        return ra != rb ? ra > rb : a > b;
+    };
+    const auto waits_longer = [&](uint32_t a, uint32_t b) {
+        return tokens[a].wake != tokens[b].wake ? tokens[a].wake < tokens[b].wake : a < b;
+    };
+    std::vector<bool> chosen(n_tokens(), false);
+    size_t left = capacity;
+    const auto choose = [&](uint32_t i, cause c) {
+        if (left == 0 || chosen[i]) {
+            return false;
+        }
+        chosen[i] = true;
+        left--;
+        if (tokens[i].frozen) {
+            result.restore.push_back({ i, c });
+        }
+        return true;
+    };
+
+    // 1. what the newest queries ask for, in whole blocks
+    const bool   is_step  = why == occasion::step;
+    const size_t n_before = result.restore.size();
+    size_t       n_limit  = frugal ? 0 : is_step ? size_t(params.recall_limit)*params.interval : capacity; // restores by recall
+    if (params.recall) {
+        const float share = is_step ? params.recall_share : why == occasion::full_reset ? 1.0f : std::min(1.0f, 2*params.recall_share);
+        const cause c     = is_step || why == occasion::prompt_end ? cause::recall : cause::recovery;
+        for (const uint32_t i : blocks_asked_for(pos_end, size_t(share*float(capacity)), !is_step)) {
+            if (!tokens[i].frozen || result.restore.size() - n_before < n_limit) {
+                choose(i, c);
+            }
+        }
+    }
+    if (why == occasion::window_reset && !frugal) { // what was frozen last
+        for (uint32_t i = n_tokens(); i-- > 0; ) {
+            if (tokens[i].frozen && !tokens[i].held && !is_protected(i, pos_end) && tokens[i].frozen_at + WINDOW_RESET_DECISIONS > decision) {
+                choose(i, cause::recovery);
+            }
+        }
+    }
+    n_limit -= std::min(n_limit, result.restore.size() - n_before);
+
+    // 2. a small share for tokens whose timer ended; they stay for their grace
     std::vector<uint32_t> judged;    // active history on its score
     std::vector<uint32_t> probation; // back by timer, not judged yet
     std::vector<uint32_t> expired;   // frozen, timer ended
     std::vector<uint32_t> resting;   // frozen, timer running
     for (uint32_t i = 0; i < n_tokens(); ++i) {
         const token & t = tokens[i];
-        if (is_protected(i, pos_end)) {
+        if (chosen[i] || is_protected(i, pos_end)) {
             continue;
         }
         if (!t.frozen) {
@@ -171,41 +267,45 @@ void policy::decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end)
             (t.wake <= decision ? expired : resting).push_back(i);
         }
     }
-    const auto better = [&](uint32_t a, uint32_t b) {
-        const float ra = rank(a), rb = rank(b);
-        return ra != rb ? ra > rb : a > b;
-    };
-    const auto waits_longer = [&](uint32_t a, uint32_t b) {
-        return tokens[a].wake != tokens[b].wake ? tokens[a].wake < tokens[b].wake : a < b;
-    };
-
-    if (probation.size() > capacity) {
-        select(probation, capacity, better);
-        result.freeze.insert(result.freeze.end(), probation.begin() + capacity, probation.end());
-        probation.resize(capacity);
+    if (probation.size() > left) {
+        select(probation, left, better);
+        probation.resize(left);
     }
-    const size_t share = std::min<size_t>(capacity, size_t(params.timer_share * float(params.pool_cells)));
+    for (const uint32_t i : probation) {
+        choose(i, cause::timer);
+    }
+    const size_t share = frugal ? 0 : std::min<size_t>(left + probation.size(), size_t(params.timer_share * float(params.pool_cells)));
     // the share is handed out over the grace period, not at once: the same occupancy, fewer moves
     const size_t per_decision = (share + params.timer_grace - 1) / params.timer_grace;
     const size_t n_back = share > probation.size() ? std::min({ share - probation.size(), per_decision, expired.size() }) : 0;
-    size_t left = capacity - probation.size() - n_back;
     select(expired, n_back, waits_longer);
     for (size_t i = 0; i < n_back; ++i) {
-        result.restore.push_back({ expired[i], cause::timer });
+        choose(expired[i], cause::timer);
     }
 
-    if (judged.size() > left) {
-        select(judged, left, better);
-        result.freeze.insert(result.freeze.end(), judged.begin() + std::ptrdiff_t(left), judged.end());
-        return;
-    }
-    // room to spare (the sequence was cut back, or a long prompt step is over): the best frozen tokens return
-    left -= judged.size();
+    // 3. the rest by score: with recall all compete, otherwise frozen tokens only get what active ones leave
     std::vector<uint32_t> waiting(expired.begin() + std::ptrdiff_t(n_back), expired.end());
     waiting.insert(waiting.end(), resting.begin(), resting.end());
+    if (params.recall) {
+        select(waiting, n_limit, better);
+        const size_t n = std::min(n_limit, waiting.size());
+        judged.insert(judged.end(), waiting.begin(), waiting.begin() + std::ptrdiff_t(n));
+        waiting.erase(waiting.begin(), waiting.begin() + std::ptrdiff_t(n));
+    }
+    select(judged, left, better);
+    judged.resize(std::min(left, judged.size()));
+    for (const uint32_t i : judged) {
+        choose(i, is_step || why == occasion::prompt_end ? cause::recall : cause::recovery);
+    }
+    // room to spare (the sequence was cut back, or a long prompt step is over): the best frozen tokens return
     select(waiting, left, better);
-    for (size_t i = 0; i < std::min(left, waiting.size()); ++i) {
-        result.restore.push_back({ waiting[i], cause::refill });
+    for (size_t i = 0; left > 0 && i < waiting.size(); ++i) {
+        choose(waiting[i], cause::refill);
+    }
+    for (uint32_t i = 0; i < n_tokens(); ++i) {
+        if (!tokens[i].frozen && !chosen[i] && !is_protected(i, pos_end)) {
+            result.freeze.push_back(i);
+        }
     }
 }
 
@@ -259,11 +359,20 @@ void policy::commit(const plan & done) {
         if (!params.threshold) {
             t.count++;
         }
-        t.wake = decision + std::max(1u, timer(t.count));
+        t.wake      = decision + std::max(1u, timer(t.count));
+        t.frozen_at = decision;
+        redundant_count += t.recalled_at != 0 && t.recalled_at + 1 >= decision;
         set_frozen(i, true, false);
+    }
+    if (done.why == occasion::full_reset) { // the paper's: all freeze durations are cleared
+        for (token & t : tokens) {
+            t.count = 0;
+            t.wake  = decision;
+        }
     }
     for (const restoration & r : done.restore) {
         set_frozen(r.token, false, false);
+        tokens[r.token].recalled_at = r.why == cause::recall ? decision : 0;
         tokens[r.token].grace = r.why == cause::timer && !params.threshold ? decision + params.timer_grace : 0;
     }
     decision++;
@@ -273,7 +382,11 @@ void policy::commit(const plan & done) {
 
 void policy::advance(uint32_t n_new, bool scored) {
     tokens_since_decide += n_new;
-    tokens_since_score = scored ? 0 : tokens_since_score + n_new;
+    tokens_since_score += n_new;
+    if (scored) {
+        tokens_of_score    = tokens_since_score;
+        tokens_since_score = 0;
+    }
 }
 
 } // namespace asrkf

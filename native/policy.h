@@ -5,9 +5,11 @@
 //
 // Two drivers:
 // - budget (asrkf and the controls window and random): every `interval` tokens keep the best-scored history that fits
-//   beside sinks, window and the tokens to come; freeze the rest. A frozen token's timer runs floor(sqrt(c)/k)
-//   decisions, at least one, where c counts how often it was frozen; then it may come back into a small share of the
-//   pool, stay a few decisions, and is judged on fresh scores.
+//   beside sinks, window and the tokens to come; freeze the rest. With recall, frozen tokens have fresh scores, too:
+//   a share of the history's cells goes to the blocks that the newest queries ask for, the rest to the best averages.
+//   Where scores of frozen tokens are not known (recall off), a frozen token's timer runs floor(sqrt(c)/k) decisions, at
+//   least one, c being how often it was frozen; then it may come back into a small share of the pool, stay a few
+//   decisions, and is judged on fresh scores. With recall the same timers only break the rest: see timer_share.
 // - threshold (paper and the control flag-all; arXiv 2512.11221): at every check, flag what scores below tau, c += 1,
 //   freeze for floor(sqrt(c)/k) checks, then judge anew. The pool is still a hard bound: what does not fit is frozen,
 //   lowest score first. When c is reset is not published: here it never is while the token lives.
@@ -29,6 +31,10 @@ struct policy_params {
     bool       threshold     = false; // the paper's driver
     score_kind score         = SCORE_ATTENTION;
     float      ema           = 0;
+    float      hysteresis    = 0;
+    bool       recall        = false;
+    float      recall_share  = 0;
+    uint32_t   recall_limit  = 1;
     float      softness      = 1;
     float      timer_share   = 0;
     uint32_t   timer_grace   = 1;
@@ -40,7 +46,13 @@ struct policy_params {
 
 policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cells);
 
-enum class cause { timer, window, refill };
+enum class cause { timer, window, refill, recall, recovery };
+
+// Why a decision is made: the interval is over; a prompt has ended and its last tokens will be computed again; or output
+// entropy asks for more, at one of the paper's levels.
+enum class occasion { step, prompt_end, soft_reset, window_reset, full_reset };
+
+constexpr uint32_t RECALL_BLOCK = 16; // tokens that are recalled together: an answer is longer than a token
 
 struct restoration {
     uint32_t token;
@@ -50,6 +62,7 @@ struct restoration {
 // What to do before the next tokens are placed. All token numbers ascend within freeze.
 struct plan {
     bool                     decided = false; // false: nothing was due
+    occasion                 why     = occasion::step;
     std::vector<uint32_t>    flagged;         // threshold driver: c += 1
     std::vector<uint32_t>    freeze;
     std::vector<restoration> restore;
@@ -72,7 +85,13 @@ public:
     void set_pinned(uint32_t token, bool pinned);
     void recheck() { protection_changed = true; }            // protected tokens may be frozen: look at the next step
     void set_frozen(uint32_t token, bool frozen, bool held); // explicit freeze (held: no timer) and restore
-    void observe(uint32_t token, float score);               // a fresh score of an active token
+    // Fresh scores: averaged over heads, and of the head that wants it most. Frozen tokens' count with recall only. The
+    // old average counts `keep`, see average_weight().
+    void observe(uint32_t token, float score, float peak, float keep);
+    // ema is for an interval of tokens: a step of many leaves less of the old average.
+    float average_weight() const;
+
+    uint64_t n_redundant() const { return redundant_count; } // recalls that did not outlast the next decision
 
     uint32_t n_tokens() const { return uint32_t(tokens.size()); }
     uint32_t n_frozen() const { return frozen_count; }
@@ -85,8 +104,9 @@ public:
     bool scores_due(uint32_t n_new) const;
 
     // Prepare the step that adds n_new tokens from position pos_new on. Throws error(ASRKF_POOL_FULL) if they can
-    // never fit; changes nothing.
-    plan decide(uint32_t n_new, int32_t pos_new) const;
+    // never fit; changes nothing. Anything but occasion::step decides in any case.
+    // frugal: freeze no token for the sake of another, so that as little as possible is frozen.
+    plan decide(uint32_t n_new, int32_t pos_new, occasion why = occasion::step, bool frugal = false) const;
     void commit(const plan & done);
     // The step's tokens have been appended.
     void advance(uint32_t n_new, bool scored);
@@ -97,6 +117,7 @@ private:
     struct token {
         int32_t  pos      = 0;
         float    score    = 0;
+        float    peak     = 0;
         bool     observed = false;
         bool     frozen   = false;
         bool     held     = false;  // frozen by request: only a request (or the window) brings it back
@@ -104,18 +125,23 @@ private:
         uint32_t count    = 0;      // c: times found unimportant
         uint32_t wake     = 0;      // decision at which the timer ends
         uint32_t grace    = 0;      // decision before which a token restored by timer is not judged
+        uint32_t frozen_at   = 0;   // decision that froze it last
+        uint32_t recalled_at = 0;   // decision that recalled it last, 0: never
     };
 
     float rank(uint32_t index) const; // what decides who stays
     uint32_t timer(uint32_t count) const;
-    void decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end) const;
+    std::vector<uint32_t> blocks_asked_for(int32_t pos_end, size_t n_tokens_wanted, bool with_neighbours) const;
+    void decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end, occasion why, bool frugal) const;
     void decide_by_threshold(plan & result, uint32_t capacity, int32_t pos_end) const;
 
     std::vector<token> tokens;
     uint32_t frozen_count        = 0;
+    uint64_t redundant_count     = 0;
     uint32_t decision            = 0;
     uint32_t tokens_since_decide = 0;
     uint32_t tokens_since_score  = 0;
+    uint32_t tokens_of_score     = 1; // that the last scores stand for
     bool     protection_changed  = false; // tokens that must be active again may be frozen
 };
 

@@ -1,36 +1,151 @@
 #include "relevance.h"
 
+#include "ggml-alloc.h"
+
 #include <algorithm>
 
 namespace asrkf {
 
-ggml_tensor * build_relevance(ggml_context * ctx, const attention_inputs & in, score_kind kind, uint32_t n_queries) {
-    const int64_t n_head   = in.q->ne[1];
-    const int64_t n_tokens = in.q->ne[2];
-    const int64_t n_kv     = in.k->ne[2];
-    const int64_t n_q      = std::min<int64_t>(n_queries, n_tokens);
+namespace {
 
-    ggml_tensor * q = ggml_view_3d(ctx, in.q, in.q->ne[0], n_head, n_q, in.q->nb[1], in.q->nb[2], size_t(n_tokens - n_q)*in.q->nb[2]);
-    q = ggml_permute(ctx, q, 0, 2, 1, 3);                  // [head, n_q,  n_head]
-    ggml_tensor * k = ggml_permute(ctx, in.k, 0, 2, 1, 3); // [head, n_kv, n_head_kv]
+// Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
+ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
+    const auto part = [&](ggml_tensor * x, int64_t begin, int64_t n) {
+        return ggml_view_3d(ctx, x, x->ne[0], n, x->ne[2], x->nb[1], x->nb[2], size_t(begin)*x->nb[1]);
+    };
+    const auto join = [&](ggml_tensor * a, ggml_tensor * b) {
+        return maximum ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, a, b)), b) : ggml_add(ctx, a, b); // max(a, b) = relu(a - b) + b
+    };
+    ggml_tensor * rest = nullptr;
+    while (t->ne[1] > 1) {
+        const int64_t half = t->ne[1] / 2;
+        if (t->ne[1] % 2) {
+            ggml_tensor * last = part(t, t->ne[1] - 1, 1);
+            rest = rest ? join(rest, last) : last;
+        }
+        t = join(part(t, 0, half), part(t, half, half));
+    }
+    return rest ? join(t, rest) : t;
+}
 
-    ggml_tensor * kq = ggml_mul_mat(ctx, k, q); // [n_kv, n_q, n_head]
-    ggml_prec_set_acc(kq, GGML_PREC_F32);
+} // namespace
+
+relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t n_queries, ggml_type type, score_kind kind,
+        float soft_cap, bool no_alloc)
+    : specs(layers), n_rows(n_rows), n_queries(n_queries), kind(kind), soft_cap(soft_cap), states(layers.size()) {
+    std::vector<ggml_backend_buffer_type_t> bufts;
+    for (const scoring_layer & l : specs) {
+        if (l.head % ggml_blck_size(type) != 0) {
+            throw error(ASRKF_UNSUPPORTED, format("index type %s has blocks of %d, which do not divide the head size %d of layer %u: use index=f16",
+                    ggml_type_name(type), int(ggml_blck_size(type)), int(l.head), l.il));
+        }
+        if (std::find(bufts.begin(), bufts.end(), l.buft) == bufts.end()) {
+            bufts.push_back(l.buft);
+        }
+    }
+    for (ggml_backend_buffer_type_t buft : bufts) {
+        ggml_init_params params = { 2*specs.size()*ggml_tensor_overhead(), nullptr, true };
+        contexts.emplace_back(ggml_init(params));
+        for (size_t i = 0; i < specs.size(); ++i) {
+            if (specs[i].buft == buft) {
+                states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows);
+                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_queries);
+            }
+        }
+        size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
+        if (!no_alloc) {
+            buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
+            if (!buffers.back()) {
+                throw error(ASRKF_INTERNAL, format("no %zu bytes for the index on %s: lower kv_pool, or use recall=off", size, ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_clear(buffers.back().get(), 0); // no NaN from a row that was never written
+            size = ggml_backend_buffer_get_size(buffers.back().get());
+        }
+        sizes.emplace_back(buft, size);
+        n_bytes += size;
+    }
+}
+
+void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
+    ggml_tensor * index = states[i].index;
+    ggml_backend_tensor_set(index, bytes, row*index->nb[1], index->nb[1]);
+}
+
+relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored) const {
+    branch b;
+    b.n_scored   = n_scored;
+    b.rows       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+    b.query_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, std::min(n_tokens, n_queries));
+    if (n_tokens > n_queries) {
+        b.queries = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_queries);
+        ggml_set_input(b.queries);
+    }
+    ggml_set_input(b.rows);
+    ggml_set_input(b.query_rows);
+    if (n_scored > 0 && kind == SCORE_ATTENTION) {
+        b.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_scored, n_queries);
+        ggml_set_input(b.mask);
+    }
+    return b;
+}
+
+void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
+    const scoring_layer & l = specs[i];
+    const auto rows_of = [&](ggml_tensor * t) {
+        return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]) : ggml_cont_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]);
+    };
+    k = rows_of(k);
+    q = rows_of(q);
+    if (b.queries) {
+        q = ggml_get_rows(ctx, q, b.queries);
+    }
+    ggml_tensor * index = ggml_set_rows(ctx, states[i].index, k, b.rows);
+    ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
+    ggml_build_forward_expand(gf, index);
+    ggml_build_forward_expand(gf, ring);
+    b.n_built++;
+    if (b.n_scored == 0) {
+        return;
+    }
+
+    const int64_t n = b.n_scored;
+    index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
+    ring  = ggml_view_3d(ctx, ring, l.head, n_queries, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0);
+    ggml_tensor * kq = ggml_mul_mat(ctx, index, ring); // [n, n_queries, n_head]
     if (kind == SCORE_MAGNITUDE) {
-        kq = ggml_scale(ctx, ggml_abs(ctx, kq), in.kq_scale);
+        kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
     } else {
-        float scale = in.kq_scale;
-        if (in.soft_cap > 0) {
-            kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / in.soft_cap)), in.soft_cap);
+        float scale = kq_scale;
+        if (soft_cap > 0) {
+            kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / soft_cap)), soft_cap);
             scale = 1;
         }
-        ggml_tensor * mask = ggml_view_2d(ctx, in.kq_mask, n_kv, n_q, in.kq_mask->nb[1], size_t(n_tokens - n_q)*in.kq_mask->nb[1]);
-        kq = ggml_soft_max_ext(ctx, kq, mask, scale, 0.0f);
+        kq = ggml_soft_max_ext(ctx, kq, b.mask, scale, 0.0f);
     }
-    // sum over queries and heads, per cell: ggml sums rows, so cells become rows
-    kq = ggml_cont(ctx, ggml_transpose(ctx, ggml_reshape_2d(ctx, kq, n_kv, n_q*n_head)));
-    kq = ggml_scale(ctx, ggml_sum_rows(ctx, kq), 1.0f / float(n_q*n_head));
-    return ggml_reshape_1d(ctx, kq, n_kv);
+    ggml_tensor * heads = ggml_reshape_2d(ctx, fold(ctx, kq, false), n, l.n_head);
+    ggml_tensor * mean  = fold(ctx, heads, false);
+    ggml_tensor * peak  = fold(ctx, heads, true);
+
+    // expanded here, so that a layer's branch runs beside its attention and its memory is free again
+    const auto count = [&](uint32_t group) {
+        return std::count_if(specs.begin(), specs.end(), [&](const scoring_layer & s) { return s.group == group; });
+    };
+    b.means.resize(std::max<size_t>(b.means.size(), l.group + 1));
+    mean = ggml_scale(ctx, mean, 1.0f / float(n_queries*l.n_head*count(l.group)));
+    peak = ggml_scale(ctx, peak, 1.0f / float(n_queries));
+    ggml_tensor *& sum = b.means[l.group];
+    sum    = sum ? ggml_add(ctx, sum, mean) : mean;
+    b.peak = b.peak ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, b.peak, peak)), peak) : peak;
+    ggml_build_forward_expand(gf, sum);
+    ggml_build_forward_expand(gf, b.peak);
+    if (b.n_built == specs.size()) {
+        for (ggml_tensor * t : b.means) {
+            if (t) {
+                ggml_set_output(t);
+            }
+        }
+        ggml_set_output(b.peak);
+    }
 }
 
 } // namespace asrkf

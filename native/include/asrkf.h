@@ -25,6 +25,7 @@ extern "C" {
 #endif
 
 struct llama_context;
+struct llama_model;
 
 enum asrkf_status {
     ASRKF_OK               = 0,
@@ -60,7 +61,16 @@ struct asrkf_config {
     uint32_t interval;
     int32_t  score;
     uint32_t score_queries;
+    int32_t  index;
     float    ema;
+    float    hysteresis;
+    int32_t  recall;
+    float    recall_share;
+    uint32_t recall_limit;
+    uint32_t rewalk_tokens;
+    int32_t  recovery;
+    int32_t  trigger;
+    float    trigger_share;
     float    softness;
     float    timer_share;
     uint32_t timer_grace;
@@ -69,9 +79,10 @@ struct asrkf_config {
     uint32_t seed;
     int32_t  moves;
     uint64_t host_limit;       /* bytes, 0: no limit */
-    char     layers[256];
-    char     score_layers[256];
-    char     pinned[256];
+    char     layers[1024];
+    char     calibration[1024];
+    char     score_layers[1024];
+    char     pinned[1024];
 };
 
 /* One row of the configuration table. All strings live as long as the library. */
@@ -94,6 +105,7 @@ struct asrkf_stats {
     uint32_t frozen_cells;
     uint64_t tokens;                   /* of the sequence: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, and the newest queries */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
     uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers */
     uint64_t host_kv_bytes;            /* allocated for the host store */
@@ -106,7 +118,19 @@ struct asrkf_stats {
     uint64_t restores_timer_total;     /* a freeze timer ended */
     uint64_t restores_window_total;    /* protected again: the window moved back, or the position was pinned */
     uint64_t restores_refill_total;    /* the pool had room */
+    uint64_t restores_recall_total;    /* a live query scored it high */
+    uint64_t restores_redundant_total; /* of these, frozen again before the next decision but one: the query did not last */
+    uint64_t restores_recovery_total;  /* output entropy asked for more */
     uint64_t restores_request_total;   /* asrkf_restore() */
+    uint64_t rewalks_total;            /* times that the end of a prompt was computed again */
+    uint64_t rewalked_tokens_total;
+    uint64_t recoveries_soft_total;
+    uint64_t recoveries_window_total;
+    uint64_t recoveries_full_total;
+    uint64_t outputs_total;            /* output rows whose entropy was measured */
+    float    entropy;                  /* of the last one, nats */
+    float    entropy_mean;
+    float    entropy_deviation;
     uint64_t steps_total;              /* ubatches */
     uint64_t decisions_total;
     uint64_t scoring_steps_total;      /* steps whose graph had the relevance branch */
@@ -138,6 +162,8 @@ struct asrkf_step {
     uint32_t freezes;
     uint32_t restores;
     uint32_t scored;                   /* 1: the step's graph has the relevance branch */
+    uint32_t recovery;                 /* 0, or the level that entropy asked for: 2 soft, 3 window, 4 full */
+    float    entropy;                  /* nats, of the output before this step; measured while a trace runs, or recovery is on */
     float    policy_seconds;
     float    moves_seconds;
 };
@@ -175,6 +201,16 @@ ASRKF_API enum asrkf_status asrkf_freeze (struct llama_context * ctx, int32_t se
 ASRKF_API enum asrkf_status asrkf_restore(struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, uint64_t * out_tokens);
 ASRKF_API enum asrkf_status asrkf_pin    (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1);
 ASRKF_API enum asrkf_status asrkf_unpin  (struct llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1);
+
+/* follows != 0: the next llama_decode() calls continue a prompt, so its end is not there yet. Without it, several tokens
+ * with one output, the last, are taken for the end of a prompt. */
+ASRKF_API enum asrkf_status asrkf_prompt_follows(struct llama_context * ctx, int32_t follows);
+
+/* Name of a model by shape and weights, for the side file of a calibration; size includes the final NUL (64 is enough). */
+ASRKF_API enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size);
+
+/* Shannon entropy in nats of softmax(logits). */
+ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 
 ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, struct asrkf_config * out);
 /* asrkf_get_stats() serves upstream's cache, too: policy ASRKF_POLICY_FULL, no groups to ask about. */

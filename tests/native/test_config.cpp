@@ -63,7 +63,7 @@ TEST(refusals, "errors name key, value and remedy") {
     CHECK(says(thrown([] { config_parse("asrkf,pinned=5-3"); }), "empty range"));
     CHECK(says(thrown([] { config_parse("asrkf,layers=0-3"); }), "pool each"));
     CHECK(says(thrown([] { config_parse("asrkf,pool=512,layers=0-3@256/4-5@256"); }), "drop one"));
-    CHECK(says(thrown([] { config_parse("asrkf,pinned=" + std::string(300, '1')); }), "longer than 255"));
+    CHECK(says(thrown([] { config_parse("asrkf,pinned=" + std::string(1100, '1')); }), "longer than 1023"));
     CHECK(says(thrown([] { config_parse(""); }), "unknown"));
 }
 

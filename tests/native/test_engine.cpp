@@ -105,8 +105,11 @@ public:
             for (size_t i = 0; i < n; ++i) {
                 CHECK(pos[i] == int32_t(i));
             }
-            // rows of tokens that are gone
+            // rows of tokens that are gone, and those that the end of a prompt has computed again
             rows[ig].erase(rows[ig].lower_bound(int32_t(s.tokens)), rows[ig].end());
+            if (s.rewalks_total != n_rewalks) {
+                rows[ig].erase(rows[ig].lower_bound(int32_t(std::min(s.tokens, n_tokens)) - REWALK_TOKENS), rows[ig].end());
+            }
             for (int32_t p = int32_t(rows[ig].size()); p < int32_t(s.tokens); ++p) {
                 rows[ig][p] = read(ig, p, g.token_bytes);
             }
@@ -118,7 +121,11 @@ public:
                 }
             }
         }
+        n_rewalks = s.rewalks_total;
+        n_tokens  = s.tokens;
     }
+
+    static constexpr int32_t REWALK_TOKENS = 48; // the default
 
     void check_all_rows() {
         const asrkf_stats s = stats_of(ctx);
@@ -141,6 +148,8 @@ private:
 
     llama_context *                                      ctx;
     uint64_t                                             device_bytes;
+    uint64_t                                             n_rewalks = 0;
+    uint64_t                                             n_tokens  = 0; // at the last check
     std::vector<std::map<int32_t, std::vector<uint8_t>>> rows; // by group and position
 };
 

@@ -32,6 +32,9 @@ static plan step(policy & rule, uint32_t n) {
     return p;
 }
 
+// A score that every head shares, on its own.
+static void observe(policy & rule, uint32_t token, float score) { rule.observe(token, score, score, rule.params.ema); }
+
 static std::vector<uint32_t> tokens_of(const std::vector<restoration> & list) {
     std::vector<uint32_t> result;
     for (const auto & r : list) {
@@ -54,7 +57,7 @@ TEST(lowest_scores, "the lowest scores are frozen, sinks and window are not") {
     policy rule(p);
     step(rule, 20);
     for (uint32_t i = 0; i < 20; ++i) {
-        rule.observe(i, i == 5 || i == 7 ? 0.001f : i < 2 || i >= 18 ? 0.0f : 0.5f + 0.01f*float(i));
+        observe(rule, i, i == 5 || i == 7 ? 0.001f : i < 2 || i >= 18 ? 0.0f : 0.5f + 0.01f*float(i));
     }
     step(rule, 4);
     CHECK(rule.n_frozen() == 0); // 20 + 4 fit exactly
@@ -89,7 +92,7 @@ TEST(hard_bound, "the pool is never exceeded, whatever the steps and scores") {
                         CHECK(false);
                     }
                     if (!rule.is_frozen(t)) {
-                        rule.observe(t, float(random() % 1000) / 1000);
+                        observe(rule, t, float(random() % 1000) / 1000);
                     }
                 }
                 if (random() % 50 == 0) {
@@ -113,13 +116,13 @@ TEST(timers, "a freeze timer runs floor(sqrt(c)/k) decisions, then the token is 
     policy rule(p);
     step(rule, 30);
     for (uint32_t i = 0; i < 30; ++i) {
-        rule.observe(i, i == 3 ? 0.0f : 1.0f);
+        observe(rule, i, i == 3 ? 0.0f : 1.0f);
     }
     plan made;
     int frozen_at = -1, back_at = -1, frozen_again_at = -1;
     for (int i = 0; i < 12; ++i) {
         made = step(rule, 1);
-        rule.observe(rule.n_tokens() - 1, 1.0f);
+        observe(rule, rule.n_tokens() - 1, 1.0f);
         if (std::count(made.freeze.begin(), made.freeze.end(), 3u)) {
             (frozen_at < 0 ? frozen_at : frozen_again_at) = i;
             if (frozen_again_at >= 0) {
@@ -142,7 +145,7 @@ TEST(window_moves_back, "after the tail is removed the new window is restored be
     policy rule(small(32, 0, 8, 1));
     step(rule, 32);
     for (uint32_t i = 0; i < 32; ++i) {
-        rule.observe(i, 32.0f - float(i)); // the newest history scores lowest
+        observe(rule, i, 32.0f - float(i)); // the newest history scores lowest
     }
     step(rule, 8);
     CHECK(rule.is_frozen(31));
@@ -164,7 +167,7 @@ TEST(refill, "room in the pool is given back to the best frozen tokens") {
     policy rule(small(32, 0, 8, 1));
     step(rule, 32);
     for (uint32_t i = 0; i < 32; ++i) {
-        rule.observe(i, float(i % 7));
+        observe(rule, i, float(i % 7));
     }
     for (int i = 0; i < 12; ++i) {
         step(rule, 1);
@@ -234,7 +237,7 @@ TEST(paper, "the paper preset freezes what scores below tau for floor(sqrt(c)/k)
     policy rule(p);
     step(rule, 8);
     for (uint32_t i = 0; i < 8; ++i) {
-        rule.observe(i, i == 1 ? 0.5f : 2.0f);
+        observe(rule, i, i == 1 ? 0.5f : 2.0f);
     }
     int first = -1;
     for (int i = 0; i < 20 && first < 0; ++i) {
@@ -292,6 +295,113 @@ TEST(scores_when, "scores are asked for every interval, once the pool is nearly 
         step(rule, 1);
     }
     CHECK(n_scored >= 8 && n_scored <= 13);
+}
+
+// A pool of 64 for 128 tokens whose scores are all the same, but for one block that is asked for.
+static policy recalling(float share, uint32_t limit) {
+    policy_params p = small(64, 4, 16, 8);
+    p.recall       = true;
+    p.recall_share = share;
+    p.recall_limit = limit;
+    policy rule(p);
+    for (int i = 0; i < 128; ++i) {
+        step(rule, 1);
+        observe(rule, rule.n_tokens() - 1, 0.1f);
+    }
+    return rule;
+}
+
+TEST(recall_block, "a frozen block that one head asks for comes back whole, however low its average") {
+    policy rule = recalling(0.5f, 12);
+    for (uint32_t i = 32; i < 48; ++i) {
+        CHECK(rule.is_frozen(i));
+        rule.observe(i, 0.0f, i == 37 ? 0.9f : 0.0f, 0);
+    }
+    plan made;
+    for (int i = 0; i < 8 && !made.decided; ++i) {
+        made = step(rule, 1);
+    }
+    CHECK(made.decided);
+    for (uint32_t i = 32; i < 48; ++i) {
+        CHECK(!rule.is_frozen(i));
+    }
+    for (const auto & r : made.restore) {
+        CHECK(r.why == cause::recall);
+    }
+    CHECK(rule.n_active() <= rule.params.pool_cells);
+}
+
+TEST(recall_limit, "a decision recalls no more than its limit, the end of a prompt as many as its share") {
+    policy rule = recalling(0.25f, 1);
+    for (uint32_t i = 4; i < 100; ++i) {
+        if (rule.is_frozen(i)) {
+            observe(rule, i, 0.9f);
+        }
+    }
+    CHECK(tokens_of(rule.decide(1, 128, occasion::step).restore).size() <= 8); // 1 a token, interval 8
+    CHECK(tokens_of(rule.decide(0, 128, occasion::prompt_end).restore).size() > 16);
+}
+
+TEST(recall_off, "without recall frozen tokens keep the score that they were frozen with") {
+    policy_params p = small(64, 4, 16, 8);
+    policy rule(p);
+    for (int i = 0; i < 128; ++i) {
+        step(rule, 1);
+        observe(rule, rule.n_tokens() - 1, 0.1f);
+    }
+    for (uint32_t i = 32; i < 48; ++i) {
+        observe(rule, i, 0.9f); // nobody can have seen this
+    }
+    for (int i = 0; i < 8; ++i) {
+        CHECK(step(rule, 1).restore.empty());
+    }
+}
+
+TEST(hysteresis, "an active token is not exchanged for one that is hardly better") {
+    for (const float margin : { 0.0f, 0.5f }) {
+        policy_params p = small(64, 0, 16, 8);
+        p.recall       = true;
+        p.recall_limit = 8;
+        p.hysteresis   = margin;
+        policy rule(p);
+        for (int i = 0; i < 100; ++i) {
+            step(rule, 1);
+            observe(rule, rule.n_tokens() - 1, 0.10f);
+        }
+        for (uint32_t i = 0; i < rule.n_tokens(); ++i) {
+            if (rule.is_frozen(i)) {
+                rule.observe(i, 0.12f, 0.12f, 0);
+            }
+        }
+        const plan made = rule.decide(8, 100);
+        CHECK(made.decided);
+        CHECK(made.restore.empty() == (margin > 0));
+    }
+}
+
+TEST(full_reset, "a full reset clears the timers and gives the whole history to what the newest queries ask for") {
+    policy rule = recalling(0.0f, 1);
+    std::vector<uint32_t> wanted;
+    for (uint32_t i = 16; i < 48; ++i) {
+        rule.observe(i, 0.1f, 0.5f, 1); // the averages stay as they are
+        wanted.push_back(i);
+    }
+    const plan made = rule.decide(1, 128, occasion::full_reset);
+    rule.commit(made);
+    for (const uint32_t i : wanted) {
+        CHECK(!rule.is_frozen(i));
+    }
+    CHECK(rule.n_active() <= rule.params.pool_cells);
+}
+
+TEST(average, "the average's weight is for an interval: a long step leaves less of the old score") {
+    policy_params p = small(64, 0, 16, 8);
+    p.ema = 0.5f;
+    policy rule(p);
+    rule.advance(8, true);
+    CHECK(std::fabs(rule.average_weight() - 0.5f) < 1e-6f);
+    rule.advance(32, true);
+    CHECK(std::fabs(rule.average_weight() - 0.0625f) < 1e-6f);
 }
 
 int main() { return run_all_tests(); }

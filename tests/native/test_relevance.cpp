@@ -1,4 +1,4 @@
-// The graph's relevance branch against a scalar oracle.
+// The graph's relevance branch against a scalar oracle, over several steps: index and ring outlive the graphs.
 #include "check.h"
 
 #include "relevance.h"
@@ -15,130 +15,196 @@ using namespace asrkf;
 
 namespace {
 
-struct shape { int64_t head, n_head, n_head_kv, n_kv, n_tokens; uint32_t n_queries; float soft_cap; };
+struct shape { int64_t head, n_head, n_head_kv; uint32_t n_layers, n_queries; float soft_cap; };
 
-std::vector<float> oracle(const shape & s, const std::vector<float> & q, const std::vector<float> & k, const std::vector<float> & mask,
-        float scale, score_kind kind) {
-    std::vector<double> sum(size_t(s.n_kv), 0.0);
-    const int64_t n_q = std::min<int64_t>(s.n_queries, s.n_tokens);
-    for (int64_t t = s.n_tokens - n_q; t < s.n_tokens; ++t) {
-        for (int64_t h = 0; h < s.n_head; ++h) {
-            const int64_t h_kv = h / (s.n_head / s.n_head_kv);
-            std::vector<double> logit(size_t(s.n_kv), 0.0);
-            for (int64_t c = 0; c < s.n_kv; ++c) {
-                double dot = 0;
-                for (int64_t d = 0; d < s.head; ++d) {
-                    dot += double(q[size_t((t*s.n_head + h)*s.head + d)]) * k[size_t((c*s.n_head_kv + h_kv)*s.head + d)];
+constexpr uint32_t N_ROWS = 256;
+
+// What the branch must find, in plain loops over everything that was ever given to it.
+struct oracle {
+    shape s;
+    std::vector<std::vector<std::vector<float>>> keys;    // [layer][row] head*n_head_kv
+    std::vector<std::vector<std::vector<float>>> queries; // [layer][ring row] head*n_head
+    std::vector<int32_t> row_pos, ring_pos;               // -1: none
+
+    void scores(score_kind kind, uint32_t layer, float scale, std::vector<double> & mean, std::vector<double> & peak) const {
+        std::vector<std::vector<double>> by_head(size_t(s.n_head), std::vector<double>(N_ROWS, 0));
+        for (uint32_t q = 0; q < s.n_queries; ++q) {
+            for (int64_t h = 0; h < s.n_head; ++h) {
+                const int64_t h_kv = h / (s.n_head / s.n_head_kv);
+                std::vector<double> x(N_ROWS, -INFINITY);
+                double top = -INFINITY, total = 0;
+                for (uint32_t r = 0; r < N_ROWS; ++r) {
+                    double dot = 0;
+                    for (int64_t d = 0; d < s.head; ++d) {
+                        dot += double(queries[layer][q][size_t(h*s.head + d)])*keys[layer][r][size_t(h_kv*s.head + d)];
+                    }
+                    dot *= scale;
+                    if (kind == SCORE_MAGNITUDE) {
+                        by_head[size_t(h)][r] += std::fabs(dot);
+                    } else if (row_pos[r] >= 0 && row_pos[r] <= ring_pos[q]) {
+                        x[r] = s.soft_cap > 0 ? s.soft_cap*std::tanh(dot / s.soft_cap) : dot;
+                        top  = std::max(top, x[r]);
+                    }
                 }
-                logit[size_t(c)] = dot*scale;
-            }
-            if (kind == SCORE_MAGNITUDE) {
-                for (int64_t c = 0; c < s.n_kv; ++c) {
-                    sum[size_t(c)] += std::fabs(logit[size_t(c)]);
+                if (kind == SCORE_MAGNITUDE) {
+                    continue;
                 }
-                continue;
+                for (double & v : x) {
+                    total += v = std::exp(v - top);
+                }
+                for (uint32_t r = 0; r < N_ROWS; ++r) {
+                    by_head[size_t(h)][r] += x[r] / total;
+                }
             }
-            double top = -INFINITY, total = 0;
-            for (int64_t c = 0; c < s.n_kv; ++c) {
-                double & x = logit[size_t(c)];
-                x = (s.soft_cap > 0 ? s.soft_cap*std::tanh(x/s.soft_cap) : x) + mask[size_t(t*s.n_kv + c)];
-                top = std::max(top, x);
-            }
-            for (double & x : logit) {
-                total += x = std::exp(x - top);
-            }
-            for (int64_t c = 0; c < s.n_kv; ++c) {
-                sum[size_t(c)] += logit[size_t(c)] / total;
+        }
+        for (uint32_t r = 0; r < N_ROWS; ++r) {
+            for (int64_t h = 0; h < s.n_head; ++h) {
+                mean[r] += by_head[size_t(h)][r] / double(s.n_queries*s.n_head);
+                peak[r]  = std::max(peak[r], by_head[size_t(h)][r] / double(s.n_queries));
             }
         }
     }
-    std::vector<float> result;
-    for (const double x : sum) {
-        result.push_back(float(x / double(n_q*s.n_head)));
-    }
-    return result;
-}
+};
 
-void compare(const shape & s, ggml_type type_k, score_kind kind) {
+void compare(const shape & s, ggml_type type, score_kind kind) {
     std::mt19937 random(42);
     std::normal_distribution<float> normal;
-    const auto values = [&](int64_t n) {
-        std::vector<float> v(size_t(n), 0.0f);
-        for (float & x : v) {
-            x = normal(random);
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    std::vector<scoring_layer> layers;
+    for (uint32_t i = 0; i < s.n_layers; ++i) { // the last layer is in another group
+        layers.push_back({ i*2, i + 1 == s.n_layers ? 1u : 0u, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
+    }
+    relevance branch_of(layers, N_ROWS, s.n_queries, type, kind, s.soft_cap, false);
+    CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + s.n_queries*s.n_head*s.head*sizeof(float)));
+
+    oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), std::vector<int32_t>(s.n_queries, -1) };
+    o.keys.assign(s.n_layers, std::vector<std::vector<float>>(N_ROWS, std::vector<float>(size_t(s.head*s.n_head_kv), 0)));
+    o.queries.assign(s.n_layers, std::vector<std::vector<float>>(s.n_queries, std::vector<float>(size_t(s.head*s.n_head), 0)));
+    const float scale = 1.0f/std::sqrt(float(s.head));
+    int32_t pos = 0;
+    uint32_t ring_next = 0;
+    for (const uint32_t n_tokens : { 40u, 1u, 3u, 20u, 1u }) { // the last one scores
+        const bool scoring = pos > 60;
+        const uint32_t n_scored = scoring ? N_ROWS : 0, n_kept = std::min(n_tokens, s.n_queries);
+        ggml_init_params params = { 2048*ggml_tensor_overhead() + ggml_graph_overhead_custom(4096, false), nullptr, true };
+        ggml_context_ptr holder(ggml_init(params));
+        ggml_context * ctx = holder.get();
+        ggml_cgraph * graph = ggml_new_graph_custom(ctx, 4096, false);
+        relevance::branch b = branch_of.new_branch(ctx, n_tokens, n_scored);
+        std::vector<ggml_tensor *> tq, tk;
+        for (uint32_t i = 0; i < s.n_layers; ++i) {
+            tq.push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head, n_tokens));
+            tk.push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head_kv, n_tokens));
+            branch_of.build(ctx, graph, b, i, tq[i], tk[i], scale);
         }
-        return v;
-    };
-    const auto q = values(s.head*s.n_head*s.n_tokens);
-    auto k = values(s.head*s.n_head_kv*s.n_kv);
-    std::vector<float> mask(size_t(s.n_kv*s.n_tokens), 0.0f);
-    for (int64_t t = 0; t < s.n_tokens; ++t) { // causal, with holes: empty cells
-        for (int64_t c = 0; c < s.n_kv; ++c) {
-            if (c % 5 == 3 || c > s.n_kv - s.n_tokens + t) {
-                mask[size_t(t*s.n_kv + c)] = -INFINITY;
+        ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
+
+        std::vector<int64_t> rows, query_rows;
+        std::vector<int32_t> kept;
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            rows.push_back((pos + int64_t(i))*3 % N_ROWS); // rows are in no order
+            o.row_pos[size_t(rows.back())] = pos + int32_t(i);
+        }
+        for (uint32_t i = 0; i < n_kept; ++i) {
+            kept.push_back(int32_t((i + 1)*n_tokens / n_kept) - 1);
+            query_rows.push_back((ring_next + i) % s.n_queries);
+            o.ring_pos[size_t(query_rows.back())] = pos + kept.back();
+        }
+        ring_next += n_kept;
+        for (uint32_t i = 0; i < s.n_layers; ++i) {
+            std::vector<float> q(size_t(s.head*s.n_head)*n_tokens), k(size_t(s.head*s.n_head_kv)*n_tokens);
+            for (float & x : q) { x = normal(random); }
+            for (float & x : k) { x = normal(random); }
+            ggml_backend_tensor_set(tq[i], q.data(), 0, ggml_nbytes(tq[i]));
+            ggml_backend_tensor_set(tk[i], k.data(), 0, ggml_nbytes(tk[i]));
+            const size_t width = size_t(s.head*s.n_head_kv);
+            for (uint32_t t = 0; t < n_tokens; ++t) { // the oracle sees what is stored
+                std::vector<uint8_t> stored(ggml_row_size(type, int64_t(width)));
+                ggml_quantize_chunk(type, k.data() + t*width, stored.data(), 0, 1, int64_t(width), nullptr);
+                ggml_get_type_traits(type)->to_float(stored.data(), o.keys[i][size_t(rows[t])].data(), int64_t(width));
+            }
+            for (uint32_t t = 0; t < n_kept; ++t) {
+                const float * from = q.data() + size_t(kept[t])*size_t(s.head*s.n_head);
+                o.queries[i][size_t(query_rows[t])].assign(from, from + s.head*s.n_head);
             }
         }
-    }
-    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    ggml_init_params params = { 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
-    ggml_context_ptr holder(ggml_init(params));
-    ggml_context * ctx = holder.get();
-    ggml_tensor * tq = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head, s.n_tokens);
-    ggml_tensor * tk = ggml_new_tensor_3d(ctx, type_k, s.head, s.n_head_kv, s.n_kv);
-    ggml_tensor * tm = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, s.n_kv, s.n_tokens);
-    const float scale = 1.0f/std::sqrt(float(s.head));
-    for (ggml_tensor * t : { tq, tk, tm }) {
-        ggml_set_input(t);
-    }
-    ggml_tensor * out = build_relevance(ctx, { tq, tk, tm, scale, s.soft_cap }, kind, s.n_queries);
-    ggml_set_output(out);
-    ggml_cgraph * graph = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph, out);
-    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
-
-    ggml_backend_tensor_set(tq, q.data(), 0, ggml_nbytes(tq));
-    std::vector<uint8_t> stored(ggml_nbytes(tk));
-    ggml_quantize_chunk(type_k, k.data(), stored.data(), 0, s.n_kv, s.head*s.n_head_kv, nullptr);
-    ggml_backend_tensor_set(tk, stored.data(), 0, stored.size());
-    ggml_get_type_traits(type_k)->to_float(stored.data(), k.data(), int64_t(k.size())); // the oracle sees what is stored
-    std::vector<ggml_fp16_t> half(mask.size());
-    ggml_fp32_to_fp16_row(mask.data(), half.data(), int64_t(mask.size()));
-    ggml_backend_tensor_set(tm, half.data(), 0, ggml_nbytes(tm));
-
-    CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
-    std::vector<float> found(size_t(s.n_kv));
-    CHECK(out->ne[0] == s.n_kv && ggml_nelements(out) == s.n_kv);
-    ggml_backend_tensor_get(out, found.data(), 0, ggml_nbytes(out));
-    const auto expected = oracle(s, q, k, mask, scale, kind);
-    // ggml rounds q to the type that K's dot product wants: F16 or Q8_0
-    const double tolerance = type_k == GGML_TYPE_F16 ? 2e-3 : 2e-2;
-    double worst = 0, largest = 0, sum = 0;
-    for (size_t i = 0; i < found.size(); ++i) {
-        worst   = std::max(worst, double(std::fabs(found[i] - expected[i])));
-        largest = std::max(largest, double(std::fabs(expected[i])));
-        sum += found[i];
-    }
-    CHECK(worst <= tolerance*largest);
-    if (kind == SCORE_ATTENTION) {
-        CHECK(std::fabs(sum - 1) < 1e-3);
-        CHECK(found[3] == 0); // an empty cell
+        ggml_backend_tensor_set(b.rows, rows.data(), 0, ggml_nbytes(b.rows));
+        if (b.queries) {
+            ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
+        }
+        CHECK((b.queries != nullptr) == (n_tokens > s.n_queries));
+        ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
+        if (b.mask) {
+            std::vector<float> mask(size_t(N_ROWS)*s.n_queries, -INFINITY);
+            for (uint32_t r = 0; r < N_ROWS; ++r) {
+                for (uint32_t i = 0; i < s.n_queries; ++i) {
+                    if (o.row_pos[r] >= 0 && o.row_pos[r] <= o.ring_pos[i]) {
+                        mask[i*N_ROWS + r] = 0;
+                    }
+                }
+            }
+            ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
+        }
+        CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
+        pos += int32_t(n_tokens);
+        if (!scoring) {
+            CHECK(b.peak == nullptr);
+            continue;
+        }
+        // ggml rounds q to the type that the index's dot product wants: F16 or Q8_0
+        const double tolerance = type == GGML_TYPE_F16 ? 2e-3 : 2e-2;
+        const auto check = [&](ggml_tensor * t, const std::vector<double> & expected) {
+            std::vector<float> found(N_ROWS);
+            CHECK(ggml_nelements(t) == N_ROWS);
+            ggml_backend_tensor_get(t, found.data(), 0, ggml_nbytes(t));
+            double worst = 0, largest = 0;
+            for (uint32_t r = 0; r < N_ROWS; ++r) {
+                worst   = std::max(worst, std::fabs(found[r] - expected[r]));
+                largest = std::max(largest, expected[r]);
+            }
+            CHECK(largest > 0 && worst <= tolerance*largest);
+        };
+        std::vector<double> peak(N_ROWS, 0);
+        for (uint32_t group = 0; group < 2; ++group) {
+            std::vector<double> mean(N_ROWS, 0);
+            double n = 0, sum = 0;
+            for (uint32_t i = 0; i < s.n_layers; ++i) {
+                if (layers[i].group == group) {
+                    o.scores(kind, i, scale, mean, peak);
+                    n++;
+                }
+            }
+            for (double & x : mean) {
+                sum += x /= n;
+            }
+            check(b.means[group], mean);
+            if (kind == SCORE_ATTENTION) {
+                CHECK(std::fabs(sum - 1) < 1e-6);
+            }
+        }
+        check(b.peak, peak);
     }
 }
 
 } // namespace
 
-TEST(attention, "attention probability, averaged over heads and the last queries, GQA and soft cap") {
-    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0 }) {
-        compare({ 64, 9, 3, 256, 1, 8, 0 }, type, SCORE_ATTENTION);
-        compare({ 64, 9, 3, 256, 20, 8, 0 }, type, SCORE_ATTENTION);
-        compare({ 128, 32, 8, 512, 3, 8, 0 }, type, SCORE_ATTENTION);
-        compare({ 64, 4, 4, 256, 5, 2, 30 }, type, SCORE_ATTENTION);
+TEST(attention, "attention probability over all tokens: mean per group, peak over heads; GQA and soft cap") {
+    for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+        compare({ 64, 9, 3, 3, 8, 0 }, type, SCORE_ATTENTION);
+        compare({ 128, 32, 8, 2, 8, 0 }, type, SCORE_ATTENTION);
+        compare({ 64, 4, 4, 2, 5, 30 }, type, SCORE_ATTENTION);
+        compare({ 64, 6, 2, 2, 1, 0 }, type, SCORE_ATTENTION);
     }
 }
 
 TEST(magnitude, "mean |q.k|, as published") {
-    compare({ 64, 9, 3, 256, 1, 1, 0 }, GGML_TYPE_F16, SCORE_MAGNITUDE);
-    compare({ 64, 9, 3, 256, 6, 4, 0 }, GGML_TYPE_Q8_0, SCORE_MAGNITUDE);
+    compare({ 64, 9, 3, 2, 1, 0 }, GGML_TYPE_F16, SCORE_MAGNITUDE);
+    compare({ 64, 9, 3, 3, 4, 0 }, GGML_TYPE_Q8_0, SCORE_MAGNITUDE);
+}
+
+TEST(wrong_type, "an index type whose blocks do not divide a head is refused") {
+    const std::string text = thrown([] { relevance({ { 0, 0, 80, 4, 4, ggml_backend_cpu_buffer_type() } }, 256, 8, GGML_TYPE_Q4_0, SCORE_ATTENTION, 0, true); });
+    CHECK(text.find("index=f16") != std::string::npos);
 }
 
 int main() { return run_all_tests(); }

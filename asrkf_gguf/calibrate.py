@@ -1,0 +1,147 @@
+"""`asrkf calibrate`: how much each layer's history matters, measured once per model (method.md 2.10's sensitivity).
+
+For every layer with a KV cache: the KL divergence of the model's output when only that layer's history is frozen to a
+fifth and all other layers keep everything, over a calibration text, less the divergence that mere rounding causes (the
+full cache, computed in steps of another length). The engine splits the pool's cells among layer
+groups by these numbers (native/budgets.h); the side file is JSON and names the model by a fingerprint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pydoc_data.topics
+import sys
+import time
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from tqdm import tqdm
+
+from . import _native
+from .models import resolve_model, side_files
+
+import llama_cpp  # isort: skip  # after _native, which decides which libllama it loads
+
+STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
+LEAST_CELLS = 256  # of the layer under test: the smallest pool
+
+
+def fingerprint(model: Any) -> str:
+    """The engine's name for a loaded model (a llama_model pointer of llama_cpp): shape and norm weights."""
+    import ctypes
+
+    out = _native.ffi.new("char[]", 128)
+    address = ctypes.cast(model, ctypes.c_void_p).value or 0
+    _native.check(_native.lib.asrkf_model_fingerprint(_native.ffi.cast("struct llama_model *", address), out, 128))
+    return _native.ffi.string(out).decode()
+
+
+class Runner:
+    """One loaded model, a new context with its own policy for each measurement."""
+
+    def __init__(self, path: Path, n_tokens: int, threads: Optional[int], n_gpu_layers: int) -> None:
+        self.llm = llama_cpp.Llama(
+            str(path), n_ctx=n_tokens, n_batch=STEP_TOKENS, n_ubatch=STEP_TOKENS, n_gpu_layers=n_gpu_layers,
+            n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False,
+        )  # fmt: skip
+        self.n_tokens = n_tokens
+
+    def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int, step_tokens: int = STEP_TOKENS) -> np.ndarray:
+        """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
+        settings = _native.parse_config(policy) if policy != "full" else _native.ffi.NULL
+        _native.check(_native.lib.asrkf_next_context(settings))
+        context = llama_cpp._internals.LlamaContext(model=self.llm._model, params=self.llm.context_params, verbose=False)
+        batch = llama_cpp._internals.LlamaBatch(n_tokens=STEP_TOKENS, embd=0, n_seq_max=1, verbose=False)
+        n_vocab = self.llm.n_vocab()
+        rows = np.empty((len(tokens) - skip_tokens, n_vocab), np.float32)
+        try:
+            for begin in range(0, len(tokens), step_tokens):
+                step = tokens[begin : begin + step_tokens]
+                batch.set_batch(batch=step, n_past=begin, logits_all=begin >= skip_tokens)
+                context.decode(batch)
+                if begin >= skip_tokens:
+                    logits = np.ctypeslib.as_array(context.get_logits(), shape=(len(step), n_vocab))
+                    top = logits.max(axis=1, keepdims=True)
+                    rows[begin - skip_tokens : begin - skip_tokens + len(step)] = (
+                        logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True, dtype=np.float64))
+                    )
+            return rows
+        finally:
+            batch.close()
+            context.close()
+
+
+def mean_divergence(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean KL(reference || other) in nats over positions; both are log probabilities [positions, vocabulary]."""
+    total = sum(float(np.dot(np.exp(p), p - q)) for p, q in zip(reference.astype(np.float64), other.astype(np.float64)))
+    return total / len(reference)
+
+
+def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
+    """Measure every layer; returns the side file's content. ValueError if the text is shorter than n_tokens (>= 1280)."""
+    if n_tokens < 5 * LEAST_CELLS or n_tokens % LEAST_CELLS:
+        raise ValueError(f"tokens={n_tokens}: a multiple of {LEAST_CELLS}, at least {5 * LEAST_CELLS}")
+    runner = Runner(path, n_tokens, threads, n_gpu_layers)
+    tokens = runner.llm.tokenize(text[: 16 * n_tokens].encode())[:n_tokens]
+    if len(tokens) < n_tokens:
+        raise ValueError(f"the calibration text has {len(tokens)} tokens, {n_tokens} are needed: give a longer --text")
+    skip = n_tokens * 2 // 5 // STEP_TOKENS * STEP_TOKENS  # before that the layer under test holds almost everything
+    layers = range(int(llama_cpp.llama_model_n_layer(runner.llm._model.model)))
+    cells = max(LEAST_CELLS, n_tokens // 5 // LEAST_CELLS * LEAST_CELLS)
+    began = time.perf_counter()
+    reference = runner.log_probabilities("full", tokens, skip)
+    rounding = mean_divergence(reference, runner.log_probabilities("full", tokens, skip, STEP_TOKENS // 2))
+    measured = []
+    for layer in tqdm(layers, desc="calibrating", unit="layer", file=sys.stderr):
+        others = "+".join(f"{a}-{b}" for a, b in ((0, layer - 1), (layer + 1, len(layers) - 1)) if a <= b)
+        policy = f"asrkf,layers={layer}@{cells}/{others}@{n_tokens},score_layers={layer},rewalk_tokens=0"
+        measured.append(mean_divergence(reference, runner.log_probabilities(policy, tokens, skip)))
+    least = max(max(measured) * 1e-2, 1e-9)  # a layer that loses nothing still wants a positive number
+    content = {
+        "format": "asrkf-calibration",
+        "version": 1,
+        "model": fingerprint(runner.llm._model.model),
+        "model_file": path.name,
+        "sensitivities": [max(value - rounding, least) for value in measured],
+        "rounding": rounding,
+        "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    runner.llm.close()
+    return content
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("--text", help="a text file; default: the standard library's pydoc_data.topics")
+    parser.add_argument("--tokens", type=int, default=1280, help="tokens of it (default 1280)")
+    parser.add_argument("--out", help="the side file (default: beside the model if that can be written, else in the cache folder)")
+    parser.add_argument("-t", "--threads", type=int, default=None)
+    parser.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    path = resolve_model(arguments.model)
+    if arguments.text:
+        text = Path(arguments.text).read_text(encoding="utf-8", errors="replace")
+    else:
+        text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    content = calibrate(path, text, arguments.tokens, arguments.threads, arguments.n_gpu_layers)
+    written = None
+    for target in [Path(arguments.out)] if arguments.out else side_files(path):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            print(f"asrkf calibrate: {target} cannot be written ({error.strerror})", file=sys.stderr)
+            continue
+        written = target
+        break
+    if written is None:
+        return 1
+    ranked = sorted(range(len(content["sensitivities"])), key=lambda i: -content["sensitivities"][i])
+    print(f"most sensitive layers: {', '.join(str(i) for i in ranked[:8])}")
+    print(f"{written} written in {content['seconds']} s; Llama finds it there, programs take calibration={written} in LLAMA_KV_POLICY")
+    return 0

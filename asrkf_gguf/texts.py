@@ -1,0 +1,235 @@
+"""Texts for the bench: a novel, an essay, a technical reference, or the user's own files; and needles to hide in them.
+
+The default texts travel in Debian packages: they are fetched with apt-get, unpacked without an installation, and kept as
+plain text in the cache folder. None is part of this repository.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html.parser
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .models import cache_folder
+
+PACKAGES = {"novel": "r-cran-janeaustenr", "essay": "anarchism", "technical": "jargon-text"}
+_CLEANING = "v1"  # of the cached plain text: raise it with any change below
+
+
+def load_texts(given: Iterable[str]) -> dict[str, str]:
+    """Texts by name from NAME=FILE arguments; without any, the three default ones.
+
+    ValueError for a malformed or double name, RuntimeError if a default text cannot be fetched.
+    """
+    texts: dict[str, str] = {}
+    for argument in given:
+        name, equals, file = argument.partition("=")
+        if not (name and equals and file):
+            raise ValueError(f"--text {argument}: expected NAME=FILE, such as novel=emma.txt")
+        if name in texts:
+            raise ValueError(f"--text {argument}: the name {name!r} is given twice")
+        texts[name] = topics() if file == "topics" else Path(file).read_text(encoding="utf-8", errors="replace")
+    return texts or {name: default_text(name) for name in PACKAGES}
+
+
+def topics() -> str:
+    """Python's language reference, part of every CPython. Policies were calibrated on it, so it is no default here."""
+    import pydoc_data.topics
+
+    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+
+
+def default_text(name: str) -> str:
+    """The text of PACKAGES, from the cache folder or from its Debian package."""
+    package = PACKAGES[name]
+    target = cache_folder() / "texts" / f"{name}-{package}-{_CLEANING}.txt"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        readers = {"novel": _read_novel, "essay": _read_essay, "technical": _read_jargon}
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            _unpack(name, package, Path(scratch))
+            part = Path(scratch) / "text.part"
+            part.write_text(readers[name](Path(scratch)), encoding="utf-8")
+            part.rename(target)
+    return target.read_text(encoding="utf-8")
+
+
+def _unpack(name: str, package: str, folder: Path) -> None:
+    remedy = (
+        f"pass a file of your own, --text {name}=FILE (best one each of novel, essay and technical), or --text technical=topics: "
+        "Python's own reference, the calibration text, so no measure of quality on new text"
+    )
+    if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise RuntimeError(f"the default text {name!r} is in the Debian package {package}, and apt-get or dpkg-deb is missing here: {remedy}")
+    print(f"fetching the text {name!r}: Debian package {package}", file=sys.stderr)
+    fetched = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
+    archives = sorted(folder.glob("*.deb"))
+    if fetched.returncode or not archives:
+        raise RuntimeError(f"apt-get download {package} failed ({fetched.stderr.strip()[-300:]}): try apt-get update, or {remedy}")
+    subprocess.run(["dpkg-deb", "-x", archives[0], folder], check=True)
+
+
+def join_lines(text: str) -> str:
+    """One line a paragraph, with empty lines between."""
+    paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text))
+    return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+
+
+def _read_novel(folder: Path) -> str:
+    """Jane Austen's Emma: the first object of the R package's lazy-load database (4 bytes of size, then zlib)."""
+    database = folder / "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
+    text = join_lines("\n".join(r_strings(zlib.decompressobj().decompress(database.read_bytes()[4:]))))
+    if not text.startswith("EMMA"):
+        raise RuntimeError(f"{database.name} of {PACKAGES['novel']} does not begin with Emma: pass the novel as --text novel=FILE")
+    return text
+
+
+def r_strings(data: bytes) -> list[str]:
+    """The character vector in one of R's serialized (XDR) objects."""
+    at = 2  # after "X\n"
+
+    def integer() -> int:
+        nonlocal at
+        at += 4
+        return int.from_bytes(data[at - 4 : at], "big", signed=True)
+
+    version, _, _ = integer(), integer(), integer()
+    if version >= 3:  # the name of the native encoding
+        size = integer()
+        at += size
+    kind, count = integer() & 255, integer()
+    if data[:2] != b"X\n" or kind != 16:
+        raise ValueError("not a character vector that R serialized")
+    strings = []
+    for _ in range(count):
+        integer()  # flags: a string, its encoding
+        size = max(0, integer())  # -1: not available
+        strings.append(data[at : at + size].decode("utf-8", "replace"))
+        at += size
+    return strings
+
+
+class _Paragraphs(html.parser.HTMLParser):
+    """Text of paragraphs, headings and list items; all else of a page is navigation."""
+
+    BLOCKS = frozenset(("p", "h1", "h2", "h3", "h4", "li"))
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self._depth = 0
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.BLOCKS:
+            self._depth += 1
+            self.found.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self.BLOCKS:
+            self._depth = max(0, self._depth - 1)
+
+    def handle_data(self, data: str) -> None:
+        if self._depth:
+            self.found[-1] += data
+
+
+def _read_essay(folder: Path) -> str:
+    """Section C of An Anarchist FAQ, on economics, chapter by chapter."""
+    pages = (folder / "usr/share/doc/anarchism/html").glob("secC[0-9]*.html")
+    ordered = sorted(pages, key=lambda page: int(re.sub(r"\D", "", page.stem)))
+    return join_lines("\n\n".join("\n\n".join(_Paragraphs(page.read_text(encoding="utf-8", errors="replace")).found) for page in ordered))
+
+
+def _read_jargon(folder: Path) -> str:
+    """The lexicon of the Jargon File: entries only, links as plain words, preformatted parts as they are."""
+    with gzip.open(folder / "usr/share/doc/jargon-text/jargon.txt.gz", "rt", encoding="utf-8") as file:
+        whole = file.read()
+    begin = re.search(r"^   :\S", whole[whole.rindex("\nGlossary\n") :], re.M)
+    lexicon = whole[whole.rindex("\nGlossary\n") + begin.start() :] if begin else whole
+    lexicon = re.sub(r"\{([^{}\n]+)\}", r"\1", lexicon.split("\nAppendix\xa0A.")[0])
+    paragraphs = re.split(r"\n\s*\n", lexicon.replace("\n   ", "\n").removeprefix("   "))
+    return "\n\n".join(part if re.search(r"^ ", part, re.M) else " ".join(part.split()) for part in paragraphs if part.strip("─═ \n"))
+
+
+# needles
+
+NEEDLE_TASKS = ("passkey-filler", "passkey-text", "five-facts", "early-fact")
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+_ATTRIBUTES = ("code word", "family name", "favourite drink", "lucky colour", "ship")
+_OWNERS = (
+    "Orlen Tavish", "Brask Holloway", "Prisca Dunmore", "Kessel Varga", "Moroth Quill", "Halvern Stroud", "Ysolde Penrick", "Corvin Ashby",
+)  # fmt: skip
+_VALUES = (
+    "copper", "violet", "lantern", "marble", "saffron", "thistle", "walnut", "cobalt", "juniper", "falcon",
+    "amber", "pepper", "harbour", "ginger", "velvet",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needle:
+    """Sentences to hide, each at a depth (0 start, 1 end), and what is asked afterwards: (question, its completion form, answer)."""
+
+    sentences: tuple[tuple[float, str], ...]
+    questions: tuple[tuple[str, str, str], ...]
+
+    def hide(self, haystack: str) -> str:
+        """The haystack with each sentence after the sentence end that follows its depth."""
+        for depth, sentence in sorted(self.sentences, reverse=True):
+            at = haystack.find(". ", int(depth * len(haystack))) + 2
+            at = at if at >= 2 else len(haystack)
+            haystack = f"{haystack[:at].rstrip(' ')} {sentence} {haystack[at:]}"
+        return haystack
+
+
+def make_needles(task: str, n_questions: int, seed: int = 0) -> list[Needle]:
+    """Needles with n_questions questions in all (five-facts: rounded up to whole fives), depths spread over 10..90 %.
+
+    early-fact keeps to the first 10 %. Five-facts has ten decoys a prompt: the same owner or attribute in another pair.
+    """
+    dice = random.Random(f"{task} {seed}")
+    if task == "five-facts":
+        return [_five_facts(dice) for _ in range(-(-n_questions // 5))]
+    spread = [i / max(1, n_questions - 1) for i in range(n_questions)]
+    if task == "early-fact":
+        return [_one_fact(dice, 0.02 + 0.07 * part) for part in spread]
+    return [_passkey(dice, 0.1 + 0.8 * part) for part in spread]
+
+
+def is_found(answer: str, output: str) -> bool:
+    """Whether the answer is in the output as a whole word or number; 12,345 is 12345."""
+    plain = re.sub(r"(?<=\d),(?=\d{3})", "", output)
+    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", plain, re.IGNORECASE) is not None
+
+
+def _passkey(dice: random.Random, depth: float) -> Needle:
+    key = str(dice.randrange(10_000, 100_000))
+    return Needle(((depth, f"The pass key is {key}. Remember it. {key} is the pass key."),), (("What is the pass key?", "The pass key is", key),))
+
+
+def _fact(attribute: str, owner: str, value: str) -> tuple[str, tuple[str, str, str]]:
+    stem = f"The {attribute} of {owner} is"
+    return f"{stem} {value}.", (f"What is the {attribute} of {owner}?", stem, value)
+
+
+def _one_fact(dice: random.Random, depth: float) -> Needle:
+    sentence, question = _fact(dice.choice(_ATTRIBUTES), dice.choice(_OWNERS), dice.choice(_VALUES))
+    return Needle(((depth, sentence),), (question,))
+
+
+def _five_facts(dice: random.Random) -> Needle:
+    pairs = [(attribute, owner) for attribute in _ATTRIBUTES for owner in _OWNERS]
+    values = dice.sample(_VALUES, 15)
+    facts = [_fact(*pair, value) for pair, value in zip(dice.sample(pairs, 15), values, strict=True)]
+    depths = [0.1 + 0.2 * i for i in range(5)] + [dice.uniform(0.05, 0.95) for _ in range(10)]
+    sentences = tuple((depth, sentence) for depth, (sentence, _) in zip(depths, facts, strict=True))
+    return Needle(sentences, tuple(question for _, question in facts[:5]))

@@ -1,0 +1,32 @@
+#include "calibration.h"
+
+#include <nlohmann/json.hpp>
+
+#include <cmath>
+#include <fstream>
+
+namespace asrkf {
+
+calibration read_calibration(const std::string & path) {
+    std::ifstream file(path);
+    if (!file) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("calibration=%s cannot be read: run asrkf calibrate, or drop the key", path.c_str()));
+    }
+    try {
+        const auto json = nlohmann::json::parse(file);
+        if (json.at("format") != "asrkf-calibration" || json.at("version") != 1) {
+            throw error(ASRKF_INVALID_ARGUMENT, "format or version is another one");
+        }
+        calibration result = { json.at("model").get<std::string>(), json.at("sensitivities").get<std::vector<double>>() };
+        for (const double s : result.sensitivities) {
+            if (!std::isfinite(s) || s <= 0) {
+                throw error(ASRKF_INVALID_ARGUMENT, "a sensitivity is not positive");
+            }
+        }
+        return result;
+    } catch (const std::exception & e) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("calibration=%s is not a file of asrkf calibrate (%s): run it again", path.c_str(), e.what()));
+    }
+}
+
+} // namespace asrkf

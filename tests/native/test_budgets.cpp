@@ -1,0 +1,104 @@
+// How cells are split among layers.
+#include "check.h"
+
+#include "budgets.h"
+#include "calibration.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <fstream>
+
+using namespace asrkf;
+
+namespace {
+
+std::vector<layer_budget> layers_with(const std::vector<double> & sensitivities) {
+    std::vector<layer_budget> result;
+    for (size_t i = 0; i < sensitivities.size(); ++i) {
+        result.push_back({ uint32_t(i), sensitivities[i], 768 });
+    }
+    return result;
+}
+
+uint64_t cells_of(const std::vector<group_budget> & groups) {
+    uint64_t n = 0;
+    for (const group_budget & g : groups) {
+        n += uint64_t(g.pool_cells)*g.layers.size();
+    }
+    return n;
+}
+
+} // namespace
+
+TEST(loss, "the predicted loss is the sensitivity at a fifth, and nothing where all is active") {
+    CHECK(predicted_loss(3, 0.2) == 3);
+    CHECK(predicted_loss(3, 1) == 0);
+    CHECK(predicted_loss(3, 0.1) > predicted_loss(3, 0.2));
+}
+
+TEST(each, "a budget per layer: the sensitive one gets most, equal ones are one group, the total is kept") {
+    const auto groups = split_each(layers_with({ 1, 1, 20, 1, 5, 1, 1, 1 }), 1024, 256, 4096);
+    CHECK(groups.size() == 3 || groups.size() == 4); // the last cells may go to one of the equal layers
+    CHECK(cells_of(groups) <= 8*1024 && cells_of(groups) > 8*1024 - 256);
+    std::vector<uint32_t> cells(8, 0);
+    for (const group_budget & g : groups) {
+        CHECK(g.pool_cells % POOL_PAD_CELLS == 0 && g.pool_cells >= 256 && g.pool_cells <= 4096);
+        for (const uint32_t il : g.layers) {
+            CHECK(cells[il] == 0);
+            cells[il] = g.pool_cells;
+        }
+    }
+    CHECK(std::count(cells.begin(), cells.end(), 0u) == 0);
+    CHECK(cells[2] > cells[4] && cells[4] > cells[0]);
+}
+
+TEST(each_is_few, "with many cells the steps are larger, so that the groups stay few") {
+    std::vector<double> sensitivities;
+    for (int i = 0; i < 32; ++i) {
+        sensitivities.push_back(1 + 0.5*i);
+    }
+    CHECK(split_each(layers_with(sensitivities), 8192, 256, 32768).size() <= 12);
+}
+
+TEST(two, "two groups: the sensitive layers and the others") {
+    const auto groups = split_two(layers_with({ 1, 30, 1, 30, 1, 1, 1, 30 }), 1024, 256, 4096);
+    CHECK(groups.size() == 2);
+    CHECK((groups[0].layers == std::vector<uint32_t>{ 1, 3, 7 }));
+    CHECK(groups[0].pool_cells > 1024 && groups[1].pool_cells < 1024);
+    CHECK(cells_of(groups) <= 8*1024);
+}
+
+TEST(equal, "layers that do not differ stay together") {
+    const auto groups = split_two(layers_with({ 2, 2, 2, 2 }), 1024, 256, 4096);
+    CHECK(groups.size() == 1 && groups[0].pool_cells == 1024);
+}
+
+TEST(no_more_than_all, "no group gets more cells than the context has tokens") {
+    for (const auto & g : split_each(layers_with({ 1, 1000, 1 }), 1536, 256, 2048)) {
+        CHECK(g.pool_cells <= 2048);
+    }
+}
+
+TEST(too_small, "a pool too small to be split is the same for all layers") {
+    const auto groups = split_each(layers_with({ 1, 2 }), 256, 300, 4096);
+    CHECK(groups.size() == 1 && groups[0].pool_cells == 256 && groups[0].layers.size() == 2);
+}
+
+TEST(side_file, "a side file is read, and anything else is refused with its path") {
+    const std::string path = "calibration_of_test.json";
+    const auto write = [&](const std::string & text) { std::ofstream(path) << text; };
+    write(R"({"format": "asrkf-calibration", "version": 1, "model": "llama-0123", "sensitivities": [0.5, 0.25]})");
+    const calibration found = read_calibration(path);
+    CHECK(found.fingerprint == "llama-0123" && found.sensitivities.size() == 2 && found.sensitivities[1] == 0.25);
+    for (const char * bad : { "", "{", "[]", R"({"format": "other", "version": 1, "model": "", "sensitivities": []})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "", "sensitivities": []})",
+            R"({"format": "asrkf-calibration", "version": 1, "model": "x", "sensitivities": [1, -1]})",
+            R"({"format": "asrkf-calibration", "version": 1, "model": "x", "sensitivities": "many"})" }) {
+        write(bad);
+        CHECK(thrown([&] { read_calibration(path); }).find(path) != std::string::npos);
+    }
+    std::remove(path.c_str());
+    CHECK(thrown([&] { read_calibration(path); }).find("cannot be read") != std::string::npos);
+}
+
+int main() { return run_all_tests(); }

@@ -1,0 +1,352 @@
+"""The bench measures what it says, and the order that the policy stands for: ours before the controls."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asrkf_gguf import bench, texts
+from asrkf_gguf.bench import Side
+
+GPL = Path("/usr/share/common-licenses/GPL-3")
+
+
+# arithmetic
+
+def test_log_softmax_sums_to_one_also_for_large_logits():
+    assert np.exp(bench.log_softmax(np.array([1000.0, 1001.0, -1000.0], dtype=np.float32))).sum() == pytest.approx(1)
+
+
+def test_kl_divergence_is_that_of_the_distributions_by_hand():
+    reference, other = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
+    assert bench.kl_divergence(reference, other) == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    assert bench.kl_divergence(reference, reference) == 0
+    with np.errstate(divide="ignore"):
+        certain = np.log([1.0, 0.0, 0.0])
+    assert bench.kl_divergence(certain, other) == pytest.approx(np.log(4))
+
+
+def test_half_precision_of_the_stored_reference_hardly_moves_the_divergence():
+    dice = np.random.default_rng(7)
+    logits = 3 * dice.standard_normal(5000)
+    exact = bench.log_softmax(logits)
+    stored = bench.log_softmax(exact.astype(np.float16).astype(np.float64))
+    assert 0 <= bench.kl_divergence(stored, exact) < 1e-5
+    near = bench.log_softmax(logits + 0.1 * dice.standard_normal(5000))
+    assert bench.kl_divergence(stored, near) == pytest.approx(bench.kl_divergence(exact, near), rel=0.02)
+
+
+def test_the_paired_error_is_of_the_difference_and_not_of_the_two_losses():
+    reference = np.array([1.0, 5.0, 2.0, 8.0])
+    figures = bench.summarise(reference, reference + np.array([0.1, 0.3, 0.1, 0.3]), np.array([0.0, 0.1, 0.2, 0.3]), np.array([1, 1, 1, 0]))
+    ratio = np.exp(0.2)
+    assert figures["ppl"] == pytest.approx(np.exp(4.2))
+    assert figures["ppl_ratio"] == pytest.approx(ratio)
+    assert figures["ppl_ratio_se"] == pytest.approx(ratio * np.std([0.1, 0.3, 0.1, 0.3], ddof=1) / 2)
+    assert figures["kl_mean"] == pytest.approx(0.15)
+    assert figures["top1_ratio"] == 0.75
+    assert bench.summarise(reference, reference + 0.2, reference, reference > 0)["ppl_ratio_se"] == pytest.approx(0)
+
+
+def test_lines_pool_the_newest_row_of_each_text_in_order_of_device_bytes():
+    def row(side, text, kl, device_bytes):
+        return {"length": "4096", "side": side, "text": text, "kl_mean": kl, "device_bytes": device_bytes, "ppl_ratio": "1.1", "top1_ratio": "0.9"}
+
+    big = [row("big", "novel", "9", "200"), row("big", "novel", "1", "200"), row("big", "essay", "3", "200")]
+    lines = bench.pooled([*big, row("small", "novel", "4", "100")])
+    assert [line["side"] for line in lines] == ["small", "big"]
+    assert lines[1]["kl"] == 2 and lines[1]["worst"] == "essay" and lines[1]["ppl_ratio"] == pytest.approx(1.1)
+
+
+# sides
+
+def test_a_side_is_its_policy_pool_and_type():
+    side = bench.parse_side("mine=asrkf,ema=0.7,pool=0.33;type=q8_0", "0.5")
+    assert side == Side("mine", "asrkf,ema=0.7", "0.33", "q8_0")
+    assert side.is_pooled and side.cells(4096) == 1280 and side.n_ctx(4000) == 4096
+    assert bench.parse_side("asrkf", "0.5") == Side("asrkf", "asrkf", "0.5")
+    short = bench.parse_side("short=full,pool=1024;ctx=pool", "0.5")
+    assert not short.is_pooled and short.n_ctx(4096) == 1024
+    assert bench.parse_side("n_ctx=pool", "0.5").n_ctx(4096) == 2048
+    assert Side("bytes", "asrkf", "45MiB").cells(4096) == "45MiB"
+
+
+@pytest.mark.parametrize(("text", "reason"), [
+    ("asrkff", "one of full-f16"), ("mine=", "NAME=POLICY"), ("mine=asrkf", "needs a pool"),
+    ("mine=asrkf,pool=512;kind=q8_0", "type=... and ctx=pool"),
+    ("mine=asrkf,pool=512;type=q9_9", "type=q9_9"), ("mine=asrkf,colour=red,pool=512", "colour"), ("mine=asrkf,pool=512;ctx=pool", "ctx=pool is"),
+    ("mine=full;ctx=pool", "ctx=pool is"), ("mine=full;ctx=half", "type=... and ctx=pool"),
+])  # fmt: skip
+def test_a_malformed_side_is_refused_with_the_remedy(text, reason):
+    with pytest.raises(ValueError, match=reason):
+        bench.parse_side(text, "0.33")
+
+
+def test_a_pool_larger_than_the_length_is_no_part_of_it():
+    with pytest.raises(ValueError, match=r"pool=1\.5"):
+        Side("mine", "asrkf", "1.5").cells(4096)
+
+
+def test_the_reference_is_always_there_and_names_are_unique():
+    assert bench.chosen_sides(argparse.Namespace(side=["paper"], pool="0.33"))[0] == bench.REFERENCE
+    with pytest.raises(ValueError, match="given twice"):
+        bench.chosen_sides(argparse.Namespace(side=["full-f16=asrkf,pool=512"], pool="0.33"))
+
+
+def test_a_pooled_side_that_froze_nothing_ends_the_run():
+    with pytest.raises(SystemExit, match="froze nothing"):
+        bench.require_frozen(Side("mine", "asrkf", "0.5"), 512, {"frozen_cells": 0, "pool_cells": 512})
+    bench.require_frozen(bench.REFERENCE, 512, {"frozen_cells": 0})
+
+
+def test_every_option_of_the_command_line_can_be_read():
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    arguments = parser.parse_args(["quality", "--length", "2048", "--length", "8192", "--side", "asrkf", "--passages", "2"])
+    assert arguments.length == [2048, 8192] and arguments.side == ["asrkf"] and arguments.passages == 2
+    assert parser.parse_args(["needles", "--task", "five-facts"]).task == ["five-facts"]
+    assert parser.parse_args(["plot", "--run"]).run
+
+
+# records and rows
+
+def test_a_row_is_appended_once_and_found_again_by_a_later_run(tmp_path):
+    path = tmp_path / "results" / "rows.csv"
+    table = bench.Table(path, ["side", "run"])
+    table.add({"side": "one", "run": "a"})
+    later = bench.Table(path, ["side", "run"])
+    later.add({"side": "one", "run": "a"})
+    later.add({"side": "two", "run": "b"})
+    assert later.find("a")["side"] == "one" and later.find("c") is None
+    with path.open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["a", "b"]
+    bench.Table(path, ["side", "run"], again=True).add({"side": "new", "run": "a"})
+    assert bench.Table(path, ["side", "run"]).find("a")["side"] == "new"
+
+
+def test_rows_of_another_version_are_not_mixed(tmp_path):
+    bench.Table(tmp_path / "rows.csv", ["side", "run"])
+    with pytest.raises(ValueError, match="--out"):
+        bench.Table(tmp_path / "rows.csv", ["side", "more", "run"])
+
+
+def test_a_record_keeps_every_position(tmp_path):
+    measured = bench.Measured(np.array([1.0, 2.0]), np.array([0.1, 0.2]), np.array([True, False]), 0.01, 5, 2, 0, {})
+    path = tmp_path / "run.npz"
+    assert bench.load_record(path) is None
+    bench.save_record(path, measured, {"side": "mine"})
+    record = bench.load_record(path)
+    assert record["row"] == {"side": "mine"}
+    for name in ("nll", "kl", "agree"):
+        assert (record[name] == getattr(measured, name)).all()
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_is_named_by_what_decides_it_and_not_by_its_side_s_name(tmp_path):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    arguments = argparse.Namespace(model=model)
+    side = Side("mine", "asrkf", "0.33")
+    assert bench.run_key(side, 4096, arguments, text="x") == bench.run_key(Side("other", "asrkf", "0.33"), 4096, arguments, text="x")
+    keys = {bench.run_key(side, length, arguments, text=text) for length in (2048, 4096) for text in ("x", "y")}
+    assert len(keys | {bench.run_key(Side("mine", "asrkf", "0.33", "q8_0"), 4096, arguments, text="x")}) == 5
+
+
+class FakeLlama:
+    """Predicts from its last tokens; a pool of cells changes the prediction a little. Counts what was read."""
+
+    read = 0
+
+    def __init__(self, side, length, arguments):
+        self.side, self.cells, self.n_tokens, self.input_ids, self.metadata, self._ctx = side, side.n_ctx(length), 0, [0] * 4096, {}, self
+
+    def n_ctx(self):
+        return self.cells
+
+    def tokenize(self, text, add_bos=True, special=False):
+        return [1] * add_bos + [2 + byte for byte in text]
+
+    def detokenize(self, tokens):
+        return bytes(token - 2 for token in tokens if token >= 2)
+
+    def eval(self, tokens):
+        assert self.n_tokens + len(tokens) <= self.cells
+        self.input_ids[self.n_tokens : self.n_tokens + len(tokens)] = tokens
+        self.n_tokens += len(tokens)
+        FakeLlama.read += len(tokens)
+
+    def get_logits_ith(self, _):
+        logits = np.random.default_rng(self.input_ids[self.n_tokens - 1]).standard_normal(258) + self.side.is_pooled * np.linspace(0, 0.1, 258)
+        return np.ctypeslib.as_ctypes(logits.astype(np.float32))
+
+    def kv_config(self):
+        return None
+
+    def token_bos(self):
+        return 1
+
+    def token_eos(self):
+        return 0
+
+    def n_vocab(self):
+        return 258
+
+    def reset(self):
+        self.n_tokens = 0
+
+    def kv_cache_clear(self):
+        pass
+
+    close = kv_cache_clear
+
+
+@pytest.fixture
+def bench_command(tmp_path, monkeypatch):
+    """Runs the bench on a fake model; gives the rows of its CSV file."""
+    model, text = tmp_path / "model.gguf", tmp_path / "text.txt"
+    model.write_bytes(b"GGUF")
+    text.write_text("".join(f"This is the sentence {i} of a text. " for i in range(2000)))
+    stats = dict.fromkeys((*bench.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
+    monkeypatch.setattr(bench, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench, "open_side", FakeLlama)
+    monkeypatch.setattr(bench, "read_counters", lambda llm: {**stats, "device_bytes": 7, "rewalks_total": 0})
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        bench.add_arguments(parser)
+        out = tmp_path / f"{words[0]}.csv"
+        FakeLlama.read = 0
+        assert bench.main(parser.parse_args([*words, "--model", str(model), "--text", f"novel={text}", "--out", str(out)])) == 0
+        with out.open() as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def test_an_interrupted_quality_run_goes_on_where_it_stopped(bench_command):
+    words = ("quality", "--length", "1024", "--positions", "64", "--passages", "2")
+    first = bench_command(*words, "--side", "asrkf")
+    assert [row["side"] for row in first] == ["full-f16", "asrkf"] and FakeLlama.read == 2 * 2 * 1024
+    assert float(first[0]["kl_mean"]) == 0 and float(first[0]["ppl_ratio"]) == 1 and float(first[1]["kl_mean"]) > 0
+    assert bench_command(*words, "--side", "asrkf") == first and FakeLlama.read == 0
+    more = bench_command(*words, "--side", "asrkf", "--side", "n_ctx=pool", "--pool", "0.5")
+    assert [row["side"] for row in more] == ["full-f16", "asrkf", "asrkf", "n_ctx=pool"] and FakeLlama.read == 2 * (1024 + 512)
+    assert float(more[3]["kl_mean"]) == pytest.approx(0, abs=1e-5)  # this model sees its last token only
+    assert len(bench_command(*words, "--side", "asrkf", "--again")) == 6 and FakeLlama.read == 2 * 2 * 1024
+
+
+def test_needles_are_asked_once_and_fit_the_context(bench_command):
+    words = ("needles", "--length", "4096", "--positions", "64", "--needles", "5", "--side", "asrkf", "--side", "n_ctx=pool")
+    rows = bench_command(*words)
+    assert len(rows) == 3 * 4 and all(row["asked"] == "5" for row in rows) and FakeLlama.read > 0
+    assert bench_command(*words) == rows and FakeLlama.read == 0
+
+
+# texts and needles
+
+def test_texts_are_named_and_unique(tmp_path):
+    file = tmp_path / "emma.txt"
+    file.write_text("Emma Woodhouse")
+    assert texts.load_texts([f"novel={file}"]) == {"novel": "Emma Woodhouse"}
+    assert "statement" in texts.load_texts(["technical=topics"])["technical"]
+    for wrong, reason in ((["novel"], "NAME=FILE"), ([f"novel={file}", f"novel={file}"], "twice")):
+        with pytest.raises(ValueError, match=reason):
+            texts.load_texts(wrong)
+
+
+def test_without_apt_the_error_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(texts, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(texts.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="--text technical=topics"):
+        texts.load_texts([])
+
+
+def test_the_strings_of_an_r_object_are_read():
+    def integer(value):
+        return value.to_bytes(4, "big", signed=True)
+
+    def string(value):
+        return integer(0x40009) + integer(len(value)) + value
+
+    header = b"X\n" + integer(3) + integer(0x40201) + integer(0x30500) + integer(5) + b"UTF-8"
+    assert texts.r_strings(header + integer(16) + integer(3) + string(b"EMMA") + string(b"") + integer(9) + integer(-1)) == ["EMMA", "", ""]
+    with pytest.raises(ValueError, match="character vector"):
+        texts.r_strings(header + integer(13) + integer(0))
+
+
+def test_paragraphs_of_a_page_come_without_navigation():
+    page = '<head><title>T</title></head><body><h2>Head</h2><p>One <b>two</b></p><div class="links"><a href="x">next</a></div></body>'
+    assert texts._Paragraphs(page).found == ["Head", "One two"]
+
+
+@pytest.mark.parametrize("task", texts.NEEDLE_TASKS)
+def test_every_answer_is_hidden_once_it_is_asked_for_and_not_in_its_question(task):
+    needles = texts.make_needles(task, 10)
+    assert needles == texts.make_needles(task, 10)
+    assert sum(len(needle.questions) for needle in needles) == 10
+    for needle in needles:
+        text = needle.hide("The grass is green. " * 200)
+        for _, sentence in needle.sentences:
+            assert sentence in text
+        for question, stem, answer in needle.questions:
+            assert f"{stem} {answer}" in text and not bench.is_found(answer, f"{question} {stem}")
+    depths = [needle.sentences[0][0] for needle in needles]
+    assert max(depths) <= (0.1 if task == "early-fact" else 0.9)
+
+
+def test_five_facts_have_ten_decoys_with_values_of_their_own():
+    for needle in texts.make_needles("five-facts", 10):
+        assert len({sentence for _, sentence in needle.sentences}) == 15
+        assert len({stem for _, stem, _ in needle.questions}) == 5
+
+
+def test_a_needle_is_hidden_at_its_depth_behind_a_sentence():
+    needle = texts.Needle(((0.5, "The key is 1."),), ())
+    text = needle.hide("Aa bb cc. " * 100)
+    assert text.index("The key") == pytest.approx(500, abs=15) and "cc. The key is 1. Aa" in text
+
+
+@pytest.mark.parametrize(("answer", "output", "found"), [
+    ("12345", " 12345. Remember", True), ("12345", "12,345", True), ("12345", "123456", False), ("12345", "1 2 3 4", False),
+    ("12345", "12345 12345", True),
+    ("amber", " Amber, of course", True), ("amber", "chamber", False), ("amber", "", False),
+])  # fmt: skip
+def test_an_answer_counts_as_a_whole_word_only(answer, output, found):
+    assert texts.is_found(answer, output) is found
+
+
+# the order: what this project stands for, on every machine, in a few minutes
+
+@pytest.fixture(scope="module")
+def measured_sides(smollm2, text):
+    """Per-position KL of each side, over four passages: 1536 tokens, the last 128 decoded, a pool of 512 cells."""
+    from asrkf_gguf import Llama
+
+    kinds = [text[len(text) * part // 10 :] for part in (1, 4, 7)] + ([GPL.read_text()] if GPL.exists() else [])
+    length, positions = 1536, 128
+
+    def run(policy, reference=None, keep=None):
+        pool = None if policy == "full" else 512
+        llm = Llama(smollm2, n_ctx=length, n_threads=2, n_threads_batch=2, verbose=False, seed=1, kv_policy=policy, kv_pool=pool)
+        passages = [bench.cut_passages(llm, f"passage {i}", kind, length, 1)[0] for i, kind in enumerate(kinds)]
+        if keep is not None:
+            keep.append(np.empty((len(kinds) * positions, llm.n_vocab()), dtype=np.float16))
+        result = bench.measure(llm, passages, positions, reference=reference, keep=keep[0] if keep else None)
+        assert policy == "full" or result.stats["frozen_cells"] > 0
+        llm.close()
+        return result
+
+    keep: list[np.ndarray] = []
+    run("full", keep=keep)
+    return {policy: run(policy, keep[0]) for policy in ("asrkf", "window", "random", "paper")}
+
+
+@pytest.mark.parametrize("control", ["window", "random", "paper"])
+def test_asrkf_is_nearer_to_the_full_cache_than_the_controls(measured_sides, control):
+    difference = measured_sides[control].kl - measured_sides["asrkf"].kl
+    print(f"{control}: KL {measured_sides[control].kl.mean():.4f}, asrkf {measured_sides['asrkf'].kl.mean():.4f}")
+    assert difference.mean() > bench.standard_error(difference)
