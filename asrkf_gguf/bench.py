@@ -34,7 +34,7 @@ from . import _native  # before llama_cpp: it decides which libllama is loaded
 from .config import FreezeConfig
 from .llama import Llama
 from .models import cache_folder, resolve_model
-from .texts import FILLER, NEEDLE_TASKS, Needle, is_found, load_texts, make_needles
+from .texts import FILLER, NEEDLE_TASKS, PASSKEY_PREFACE, Needle, is_found, load_texts, make_needles
 
 import llama_cpp  # isort: skip
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
@@ -151,7 +151,11 @@ def open_side(side: Side, length: int, arguments: argparse.Namespace) -> Llama:
 
 def config_text(llm: Llama) -> str:
     config = llm.kv_config()
-    return config.to_string() if config else f"full,n_ctx={llm.n_ctx()}"
+    if config is None:
+        return f"full,n_ctx={llm.n_ctx()}"
+    if config.calibration:  # a path says nothing elsewhere
+        config = dataclasses.replace(config, calibration=Path(config.calibration).name)
+    return config.to_string()
 
 
 def read_counters(llm: Llama) -> dict[str, Any]:
@@ -535,7 +539,9 @@ def needle_prompts(
     haystack = needle.hide(llm.detokenize(tokens[:n_haystack]).decode(errors="ignore").strip())
     result = []
     for question, stem, answer in needle.questions:
-        if task == "passkey-text":
+        if task == "passkey-filler":  # a small model completes it, and answers no question about it
+            prompt, suffix = f"{PASSKEY_PREFACE}{haystack} {stem}", ""
+        elif task == "passkey-text":
             prompt, suffix = chat_prompt(llm, f"{haystack}\n\n{question} Answer with the number only."), ""
         else:
             prompt, suffix = (haystack, f"\n\n{question} {stem}") if n_generated else (f"{haystack}\n\n{question} {stem}", "")

@@ -1,8 +1,8 @@
 """`asrkf calibrate`: how much each layer's history matters, measured once per model (method.md 2.10's sensitivity).
 
 For every layer with a KV cache: the KL divergence of the model's output when only that layer's history is frozen to a
-fifth and all other layers keep everything, over a calibration text, less the divergence that mere rounding causes (the
-full cache, computed in steps of another length). The engine splits the pool's cells among layer
+fifth and all other layers keep everything, over a calibration text. Any change of the order of cells makes some
+divergence by rounding; the least sensitive layer shows how much, and that is taken off. The engine splits the pool's cells among layer
 groups by these numbers (native/budgets.h); the side file is JSON and names the model by a fingerprint.
 """
 
@@ -48,7 +48,7 @@ class Runner:
         )  # fmt: skip
         self.n_tokens = n_tokens
 
-    def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int, step_tokens: int = STEP_TOKENS) -> np.ndarray:
+    def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int) -> np.ndarray:
         """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
         settings = _native.parse_config(policy) if policy != "full" else _native.ffi.NULL
         _native.check(_native.lib.asrkf_next_context(settings))
@@ -57,8 +57,8 @@ class Runner:
         n_vocab = self.llm.n_vocab()
         rows = np.empty((len(tokens) - skip_tokens, n_vocab), np.float32)
         try:
-            for begin in range(0, len(tokens), step_tokens):
-                step = tokens[begin : begin + step_tokens]
+            for begin in range(0, len(tokens), STEP_TOKENS):
+                step = tokens[begin : begin + STEP_TOKENS]
                 batch.set_batch(batch=step, n_past=begin, logits_all=begin >= skip_tokens)
                 context.decode(batch)
                 if begin >= skip_tokens:
@@ -75,8 +75,14 @@ class Runner:
 
 def mean_divergence(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean KL(reference || other) in nats over positions; both are log probabilities [positions, vocabulary]."""
-    total = sum(float(np.dot(np.exp(p), p - q)) for p, q in zip(reference.astype(np.float64), other.astype(np.float64)))
+    total = sum(float(np.dot(np.exp(p), p - q)) for p, q in zip(reference.astype(np.float64), other.astype(np.float64), strict=True))
     return total / len(reference)
+
+
+def without_rounding(measured: list[float]) -> list[float]:
+    """Divergences less nine tenths of the smallest one; all stay positive."""
+    floor = 0.9 * min(measured)
+    return [max(value - floor, 1e-9) for value in measured]
 
 
 def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
@@ -92,20 +98,18 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
     cells = max(LEAST_CELLS, n_tokens // 5 // LEAST_CELLS * LEAST_CELLS)
     began = time.perf_counter()
     reference = runner.log_probabilities("full", tokens, skip)
-    rounding = mean_divergence(reference, runner.log_probabilities("full", tokens, skip, STEP_TOKENS // 2))
     measured = []
     for layer in tqdm(layers, desc="calibrating", unit="layer", file=sys.stderr):
         others = "+".join(f"{a}-{b}" for a, b in ((0, layer - 1), (layer + 1, len(layers) - 1)) if a <= b)
         policy = f"asrkf,layers={layer}@{cells}/{others}@{n_tokens},score_layers={layer},rewalk_tokens=0"
         measured.append(mean_divergence(reference, runner.log_probabilities(policy, tokens, skip)))
-    least = max(max(measured) * 1e-2, 1e-9)  # a layer that loses nothing still wants a positive number
     content = {
         "format": "asrkf-calibration",
         "version": 1,
         "model": fingerprint(runner.llm._model.model),
         "model_file": path.name,
-        "sensitivities": [max(value - rounding, least) for value in measured],
-        "rounding": rounding,
+        "sensitivities": without_rounding(measured),
+        "measured": measured,
         "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
         "seconds": round(time.perf_counter() - began, 1),
     }

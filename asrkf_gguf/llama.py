@@ -108,19 +108,20 @@ class Llama(llama_cpp.Llama):
                 _native.lib.asrkf_prompt_follows(self._pointer, False)
 
     def save_state(self) -> llama_cpp.LlamaState:
-        """Save the state; KVError while tokens are frozen (a state is whole or it is not made)."""
+        """Save the state: the whole sequence in llama.cpp's format, frozen or not; KVError with the reason if it cannot be."""
         _native.lib.asrkf_clear_error()
         if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
             raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.asrkf_last_status())
         return super().save_state()
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Load a state; KVError with the reason if it does not fit the pool."""
+        """Load a state, of any pool or of the full cache; KVError with the reason if it does not fit: the sequence is then as before."""
         _native.lib.asrkf_clear_error()
+        before = (self.input_ids.copy(), self.n_tokens, self._seed)
         try:
             super().load_state(state)
         except RuntimeError as error:
-            self.n_tokens = 0  # llama.cpp gives up the old sequence before it reads a new one
+            self.input_ids, self.n_tokens, self._seed = before
             raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
 
     # the cache

@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 from typing import Optional
 
-from . import _native  # noqa: F401  before llama_cpp: it decides which libllama is loaded
+from . import _native  # before llama_cpp: it decides which libllama is loaded
 
 import gguf  # isort: skip
 import llama_cpp  # isort: skip
@@ -86,13 +86,15 @@ def resolve_model(name: str) -> Path:
 
 
 def side_files(model_path: Path) -> list[Path]:
-    """Where a model's calibration may lie, best first: beside the model, or in the cache folder."""
+    """Where a model's calibration may be written, best first: beside the model, or in the cache folder."""
     name = model_path.name.removesuffix(".gguf") + ".asrkf.json"
     return [model_path.with_name(name), cache_folder() / "calibrations" / name]
 
 
 def find_side_file(model_path: Path) -> Optional[Path]:
-    return next((path for path in side_files(model_path) if path.is_file()), None)
+    """The calibration of a model, from where side_files() says or from those that come with the package; None without one."""
+    places = side_files(model_path)
+    return next((path for path in [*places, _native.PACKAGE / "calibrations" / places[0].name] if path.is_file()), None)
 
 
 def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = None) -> int:

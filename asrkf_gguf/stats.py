@@ -28,7 +28,7 @@ class GroupStats:
 class KVStats:
     """Measured state of a context's KV cache. `_bytes` are what was allocated or moved, never derived from cells.
 
-    Cells are those of the first layer group; `groups` has them all. Counters (`_total`, moved bytes, seconds) run from
+    Cells are means over the layers; `groups` has those of each layer group. Counters (`_total`, moved bytes, seconds) run from
     the last clear of the cache.
     """
 

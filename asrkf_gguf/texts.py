@@ -165,6 +165,7 @@ def _read_jargon(folder: Path) -> str:
 
 NEEDLE_TASKS = ("passkey-filler", "passkey-text", "five-facts", "early-fact")
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+PASSKEY_PREFACE = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
 _ATTRIBUTES = ("code word", "family name", "favourite drink", "lucky colour", "ship")
 _OWNERS = (
     "Orlen Tavish", "Brask Holloway", "Prisca Dunmore", "Kessel Varga", "Moroth Quill", "Halvern Stroud", "Ysolde Penrick", "Corvin Ashby",

@@ -60,7 +60,9 @@ public:
         return tensors;
     }
 
-    ggml_tensor * k_of(uint32_t il) const { return layers[size_t(map_layer_ids.at(int32_t(il)))].k; }
+    ggml_tensor * k_of(uint32_t il) const { return has_layer(il) ? layers[size_t(map_layer_ids.at(int32_t(il)))].k : nullptr; }
+    ggml_tensor * v_of(uint32_t il) const { return has_layer(il) ? layers[size_t(map_layer_ids.at(int32_t(il)))].v : nullptr; }
+    bool has_layer(uint32_t il) const { return map_layer_ids.count(int32_t(il)) > 0; }
 
     uint64_t device_bytes() const {
         uint64_t n_bytes = 0;
@@ -233,6 +235,15 @@ public:
 
 private:
     const group & first() const { return groups[0]; }
+    // A figure of the groups as the mean over the layers, rounded up: bytes, as if all layers had the same cells.
+    template <typename Cells> uint32_t mean_cells(Cells cells) const {
+        uint64_t sum = 0, n = 0;
+        for (const group & g : groups) {
+            sum += uint64_t(cells(g))*g.layers.size();
+            n   += g.layers.size();
+        }
+        return uint32_t((sum + n - 1) / n);
+    }
     uint32_t n_tokens() const { return uint32_t(exts.size()); }
     uint32_t lower_bound(llama_pos pos) const;
     std::pair<uint32_t, uint32_t> token_range(int32_t seq_id, int32_t p0, int32_t p1) const;
@@ -251,6 +262,7 @@ private:
     void prepare_to_move();
     void decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why);
     uint64_t n_restores() const;
+    void record(asrkf_step step);
     void fold_scores_in();
     void point_at_rows(memory_context & mctx, uint32_t n, bool scoring);
     void reserve_host_room(group & g, const std::vector<uint32_t> & tokens);
@@ -261,8 +273,10 @@ private:
     void carry_out(group & g, const plan & p);
     void seal(group & g, llama_pos pos_end);
     void forget(uint32_t begin, uint32_t end);
-    void rebuild_from_cells();
-    void index_from_cells();
+    struct row_part { const group * g; ggml_tensor * tensor; size_t row_bytes; size_t offset; }; // offset within a token's bytes
+    std::vector<row_part> row_parts() const;
+    void check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const;
+    void index_from_host();
     void refuse(const std::string & text, asrkf_status status = ASRKF_UNSUPPORTED);
     void refuse(const std::exception & e);
 
@@ -295,6 +309,7 @@ private:
     bool             prompt_follows = false;        // the caller says that the next call continues the prompt
     llama_pos        call_begin     = -1;           // first position of the current call
     llama_pos        rewalk_begin   = -1;           // first position that is being computed again
+    bool                           keep_store = false; // a state is being loaded into it
     std::string                    fault;          // why the next decode must fail, until clear()
 
     host_budget  budget;
@@ -538,6 +553,12 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     }
 
     const auto scoring = first().rule->params.wants_scores() ? choose_scoring_layers(layers, cparams.offload_kqv) : std::vector<scoring_layer>();
+    // a scoring layer adds up to 100 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
+    const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
+    if (100*scoring.size() > n_spare) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers,
+                scoring.size(), n_spare/100));
+    }
     if (!scoring.empty()) {
         for (const scoring_layer & l : scoring) {
             if (!std::count(scored_groups.begin(), scored_groups.end(), l.group)) {
@@ -566,11 +587,9 @@ ggml_type memory::index_type() const {
         case INDEX_Q4_0: return GGML_TYPE_Q4_0;
         case INDEX_AUTO: break;
     }
-    for (const group & g : groups) {
-        for (const uint32_t il : g.layers) {
-            if (model.hparams.n_embd_head_k(il) % uint32_t(ggml_blck_size(GGML_TYPE_Q4_0)) != 0) {
-                return GGML_TYPE_F16;
-            }
+    for (uint32_t il = 0; il < model.hparams.n_layer_all; ++il) {
+        if (model.hparams.has_kv(il) && model.hparams.n_embd_head_k(il) % uint32_t(ggml_blck_size(GGML_TYPE_Q4_0)) != 0) {
+            return GGML_TYPE_F16;
         }
     }
     return GGML_TYPE_Q4_0;
@@ -611,8 +630,15 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
     } else {
         asrkf_config whole = config;
         if (config.pool_bytes && make_policy_params(config, 1).wants_scores()) { // the index is part of the bound
-            const uint64_t index_bytes = n_index_layers(layers.size())*(n_ctx*ggml_row_size(GGML_TYPE_F16, model.hparams.n_embd_k_gqa(layers[0].il)));
-            whole.pool_bytes = config.pool_bytes > index_bytes ? config.pool_bytes - index_bytes : 1;
+            const auto & hparams = model.hparams;
+            const uint64_t layer_bytes = n_ctx*ggml_row_size(index_type(), hparams.n_embd_k_gqa(layers[0].il)) // and the ring, and alignment
+                + config.score_queries*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
+            const uint64_t index_bytes = n_index_layers(layers.size())*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
+            if (config.pool_bytes < least_bytes) {
+                throw error(ASRKF_INVALID_ARGUMENT, format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
+                    (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));
+            }
+            whole.pool_bytes = config.pool_bytes - index_bytes;
         }
         const uint32_t mean_cells = resolve_pool(whole, n_ctx, token_bytes);
         // the least that check_pool() takes, with a window of half a pool
@@ -763,7 +789,7 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
             throw error(ASRKF_INTERNAL, "the batch could not be split");
         }
         next_occasion  = read_entropy();
-        output_pending = balloc.get_n_outputs() > 0;
+        output_pending = balloc.get_n_outputs() > 0 && !prompt_follows; // a batch in the middle of a prompt has one only by habit
         call_begin     = ubatches[0].pos[0];
         std::optional<llama_ubatch> again = prompt_follows ? std::nullopt : rewalk_of(ubatches);
         if (again) { // the outputs are those of the second time
@@ -959,12 +985,8 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         point_at_rows(mctx, n, scoring);
 
         counters.scoring_steps_total += scoring;
-        if (trace) {
-            asrkf_step & step = trace[trace_count++ % trace_capacity];
-            step = { counters.steps_total, pos_new, n, first().rule->n_active(), first().rule->n_frozen(), uint32_t(counters.freezes_total - freezes),
-                uint32_t(n_restores() - restores), scoring, uint32_t(why), mctx.is_first_step() ? float(trigger.last()) : 0,
-                float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) };
-        }
+        record({ 0, pos_new, n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), scoring, uint32_t(why),
+            mctx.is_first_step() ? float(trigger.last()) : 0, float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) });
         counters.steps_total++;
         return true;
     } catch (const std::exception & e) {
@@ -973,10 +995,21 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
     }
 }
 
+void memory::record(asrkf_step step) {
+    if (trace) {
+        step.index        = counters.steps_total;
+        step.active_cells = mean_cells([](const group & g) { return g.rule->n_active(); });
+        step.frozen_cells = n_tokens() - step.active_cells;
+        trace[trace_count++ % trace_capacity] = step;
+    }
+}
+
 // The last tokens again, in the cells that they have: their rows are overwritten, no token is added.
 bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
     try {
         const uint32_t n = ubatch.n_tokens, begin = n_tokens() - n;
+        const uint64_t freezes = counters.freezes_total, restores = n_restores();
+        const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
         decide_and_move(0, first().rule->pos(n_tokens() - 1) + 1, occasion::prompt_end);
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
             group & g = groups[ig];
@@ -996,6 +1029,8 @@ bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
         rewalk_begin = ubatch.pos[0];
         counters.rewalks_total++;
         counters.rewalked_tokens_total += n;
+        record({ 0, ubatch.pos[0], n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), 0, uint32_t(occasion::prompt_end), 0,
+            float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) });
         counters.steps_total++;
         return true;
     } catch (const std::exception & e) {
@@ -1495,7 +1530,7 @@ void memory::forget(uint32_t begin, uint32_t end) {
         }
         if (g.places.empty()) { // timers and host memory of a sequence that is gone
             g.rule->clear();
-            if (g.store) {
+            if (g.store && !keep_store) {
                 g.store->clear();
             }
         }
@@ -1587,97 +1622,213 @@ std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
 }
 
 //
-// state: upstream's bytes while nothing is frozen, an error otherwise - never a part of the sequence
+// state: the whole sequence in upstream's own format, wherever its rows are. What is not in it: scores, timers and what
+// was frozen; a loaded sequence begins anew with those.
 //
 
 void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
-    uint32_t n_frozen = 0;
-    for (const group & g : groups) {
-        n_frozen += g.rule->n_frozen();
+    check_state(seq_id, flags);
+    const uint32_t n_stream = 1, n = seq_id <= 0 ? n_tokens() : 0;
+    io.write(&n_stream, sizeof(n_stream));
+    io.write(&n, sizeof(n));
+    if (n == 0) {
+        return;
     }
+    for (uint32_t i = 0; i < n; ++i) {
+        const llama_pos    pos = first().rule->pos(i);
+        const uint32_t     n_seq_id = 1;
+        const llama_seq_id id = 0;
+        io.write(&pos, sizeof(pos));
+        io.write(&n_seq_id, sizeof(n_seq_id));
+        io.write(&id, sizeof(id));
+    }
+    const uint32_t v_trans = 0, n_layer = uint32_t(row_parts().size() / 2);
+    io.write(&v_trans, sizeof(v_trans));
+    io.write(&n_layer, sizeof(n_layer));
+    for (const row_part & part : row_parts()) {
+        const int32_t  type = int32_t(part.tensor->type);
+        const uint64_t row_bytes = part.row_bytes;
+        io.write(&type, sizeof(type));
+        io.write(&row_bytes, sizeof(row_bytes));
+        for (uint32_t i = 0; i < n; ) {
+            const place & p = part.g->places[i];
+            if (p.cell < 0) {
+                io.write(part.g->store->data(uint32_t(p.slot)) + part.offset, row_bytes);
+                i++;
+                continue;
+            }
+            uint32_t run = 1; // cells beside each other go together
+            while (i + run < n && part.g->places[i + run].cell == p.cell + int32_t(run)) {
+                run++;
+            }
+            io.write_tensor(part.tensor, size_t(p.cell)*row_bytes, run*row_bytes);
+            i += run;
+        }
+    }
+}
+
+// Everything is read to the host first; only then is the old sequence given up.
+void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
+    std::vector<std::vector<uint32_t>> slots(groups.size());
+    try {
+        check_state(seq_id, flags);
+        const auto corrupt = [](const char * what) { throw error(ASRKF_INVALID_ARGUMENT, format("the state does not fit this context: %s", what)); };
+        uint32_t n_stream, n;
+        io.read(&n_stream, sizeof(n_stream));
+        io.read(&n, sizeof(n));
+        if (n_stream != 1) {
+            corrupt("it is of several streams");
+        }
+        if (n > n_ctx) {
+            throw error(ASRKF_POOL_FULL, format("the state has %u tokens, n_ctx is %u: raise n_ctx", n, n_ctx));
+        }
+        std::vector<std::pair<llama_pos, uint32_t>> order; // tokens come in the order of cells
+        for (uint32_t i = 0; i < n; ++i) {
+            llama_pos pos;
+            uint32_t n_seq_id;
+            io.read(&pos, sizeof(pos));
+            io.read(&n_seq_id, sizeof(n_seq_id));
+            if (n_seq_id != 1 || pos < 0) {
+                corrupt("a cell belongs to several sequences or has no position");
+            }
+            llama_seq_id id;
+            io.read(&id, sizeof(id));
+            order.emplace_back(pos, i);
+        }
+        std::sort(order.begin(), order.end());
+        for (uint32_t i = 1; i < n; ++i) {
+            if (order[i].first == order[i - 1].first) {
+                corrupt("two cells have the same position");
+            }
+        }
+        if (n > 0) {
+            uint32_t v_trans, n_layer;
+            io.read(&v_trans, sizeof(v_trans));
+            io.read(&n_layer, sizeof(n_layer));
+            if (v_trans != 0 || n_layer != row_parts().size() / 2) {
+                corrupt(v_trans ? "its V is transposed (flash attention was off)" : "it has another number of layers");
+            }
+            for (size_t ig = 0; ig < groups.size(); ++ig) {
+                groups[ig].store->reserve(n);
+                for (uint32_t i = 0; i < n; ++i) {
+                    slots[ig].push_back(groups[ig].store->acquire());
+                }
+            }
+            for (const row_part & part : row_parts()) {
+                int32_t  type;
+                uint64_t row_bytes;
+                io.read(&type, sizeof(type));
+                io.read(&row_bytes, sizeof(row_bytes));
+                if (type != int32_t(part.tensor->type) || row_bytes != part.row_bytes) {
+                    corrupt("its cache type or row size is another one");
+                }
+                for (uint32_t i = 0; i < n; ++i) {
+                    io.read(part.g->store->data(slots[size_t(part.g - groups.data())][i]) + part.offset, row_bytes);
+                }
+            }
+        }
+
+        // from here on nothing fails
+        if (n_tokens() > 0) {
+            for (group & g : groups) { // forget() gives the arenas of an empty store back: not now
+                for (place & p : g.places) {
+                    if (p.slot >= 0) {
+                        g.store->release(uint32_t(p.slot));
+                        p.slot = -1;
+                    }
+                }
+            }
+            keep_store = true;
+            forget(0, n_tokens());
+            keep_store = false;
+        }
+        for (const auto & [pos, from] : order) {
+            exts.emplace_back();
+            exts.back().tok = LLAMA_TOKEN_NULL; // a state does not say
+            if (scorer) {
+                rows.push_back(free_rows.back());
+                free_rows.pop_back();
+                token_of_row[rows.back()] = int32_t(rows.size() - 1);
+            }
+            for (size_t ig = 0; ig < groups.size(); ++ig) {
+                group & g = groups[ig];
+                g.places.push_back({ -1, int32_t(slots[ig][from]) });
+                g.rule->append(pos);
+                g.rule->set_pinned(g.rule->n_tokens() - 1, is_pinned(pos));
+                g.rule->set_frozen(g.rule->n_tokens() - 1, true, false);
+            }
+        }
+        slots.clear();
+        index_from_host();
+        for (group & g : groups) {
+            g.rule->recheck(); // the next step brings back what the pool holds
+        }
+    } catch (const std::exception & e) {
+        for (size_t ig = 0; ig < slots.size(); ++ig) {
+            for (const uint32_t slot : slots[ig]) {
+                groups[ig].store->release(slot);
+            }
+        }
+        refuse(e);
+        throw;
+    }
+}
+
+void memory::check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const {
     std::string text;
-    if (n_frozen > 0) {
-        text = format("the state cannot be saved while tokens are frozen (%u cells): a pool that holds the whole sequence can", n_frozen);
-    } else if (groups.size() > 1) {
-        text = "the state of a cache with several layer groups cannot be saved yet: use layers=shared";
+    if (seq_id > 0) {
+        text = format("sequence %d: the policy serves sequence 0 only", seq_id);
+    } else if (flags != 0) {
+        text = "the policy serves whole states only (no LLAMA_STATE_SEQ_FLAGS)";
+    } else if (no_alloc) {
+        text = "a context without memory has no state";
     }
     if (!text.empty()) {
         set_last_error(text, ASRKF_UNSUPPORTED);
         unsupported(text);
     }
-    first().cache->state_write(io, seq_id, flags);
 }
 
-void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    if (groups.size() > 1) {
-        const std::string text = "a state cannot be loaded into a cache with several layer groups yet: use layers=shared";
-        set_last_error(text, ASRKF_UNSUPPORTED);
-        unsupported(text);
-    }
-    if (seq_id > 0) {
-        const std::string text = format("sequence %d: the policy serves sequence 0 only", seq_id);
-        set_last_error(text, ASRKF_UNSUPPORTED);
-        unsupported(text);
-    }
-    // upstream, too, gives up what was there before it reads
-    if (n_tokens() > 0) {
-        forget(0, n_tokens());
-    }
-    try {
-        groups[0].cache->state_read(io, seq_id, flags);
-    } catch (const std::exception & e) {
-        set_last_error(format("the state could not be loaded into a pool of %u cells: %s", groups[0].cache->get_size(), e.what()), ASRKF_POOL_FULL);
-        rebuild_from_cells();
-        throw;
-    }
-    rebuild_from_cells();
-}
-
-void memory::rebuild_from_cells() {
-    group & g = groups[0];
-    g.places.clear();
-    g.rule->clear();
-    exts.clear();
-    std::fill(g.token_of.begin(), g.token_of.end(), -1);
-    for (const auto & [pos, cell] : g.cache->cells().seq_pos_get(0)) {
-        g.token_of[cell] = int32_t(g.places.size());
-        g.places.push_back({ int32_t(cell), -1 });
-        g.rule->append(pos);
-        g.rule->set_pinned(g.rule->n_tokens() - 1, is_pinned(pos));
-        exts.push_back(g.cache->cells().ext_get(cell));
-    }
-    if (scorer) {
-        std::fill(token_of_row.begin(), token_of_row.end(), -1);
-        rows.clear();
-        free_rows.clear();
-        for (uint32_t row = n_ctx; row-- > n_tokens(); ) {
-            free_rows.push_back(row);
+// K of all layers, then V of all layers: upstream's order, over all groups.
+std::vector<memory::row_part> memory::row_parts() const {
+    std::vector<row_part> k, v;
+    for (uint32_t il = 0; il < group_of_layer.size(); ++il) {
+        const group & g = groups[group_of_layer[il]];
+        size_t offset = 0;
+        for (ggml_tensor * tensor : g.cache->row_tensors()) {
+            const size_t row_bytes = ggml_row_size(tensor->type, tensor->ne[0]);
+            if (tensor == g.cache->k_of(il)) {
+                k.push_back({ &g, tensor, row_bytes, offset });
+            } else if (tensor == g.cache->v_of(il)) {
+                v.push_back({ &g, tensor, row_bytes, offset });
+            }
+            offset += row_bytes;
         }
-        for (uint32_t i = 0; i < n_tokens(); ++i) {
-            rows.push_back(i);
-            token_of_row[i] = int32_t(i);
-        }
-        index_from_cells();
     }
+    k.insert(k.end(), v.begin(), v.end());
+    return k;
 }
 
 // A loaded state brings K rows that no graph of ours has seen: write them into the index here.
-void memory::index_from_cells() {
-    group & g = groups[0];
+void memory::index_from_host() {
+    if (!scorer) {
+        return;
+    }
     const ggml_type type = index_type();
+    const auto parts = row_parts();
     for (size_t s = 0; s < scorer->layers().size(); ++s) {
-        ggml_tensor * k = g.cache->k_of(scorer->layers()[s].il);
-        const size_t n = size_t(k->ne[0]), row_bytes = ggml_row_size(k->type, k->ne[0]);
-        std::vector<uint8_t> stored(row_bytes), indexed(ggml_row_size(type, k->ne[0]));
-        std::vector<float>   values(n);
+        const ggml_tensor * k = groups[scorer->layers()[s].group].cache->k_of(scorer->layers()[s].il);
+        const row_part & part = *std::find_if(parts.begin(), parts.end(), [&](const row_part & p) { return p.tensor == k; });
+        std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0]));
+        std::vector<float>   values(size_t(k->ne[0]));
         for (uint32_t i = 0; i < n_tokens(); ++i) {
-            ggml_backend_tensor_get(k, stored.data(), size_t(g.places[i].cell)*k->nb[1], row_bytes);
+            const uint8_t * stored = part.g->store->data(uint32_t(part.g->places[i].slot)) + part.offset;
             if (k->type == GGML_TYPE_F32) {
-                std::memcpy(values.data(), stored.data(), row_bytes);
+                std::memcpy(values.data(), stored, part.row_bytes);
             } else {
-                ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), int64_t(n));
+                ggml_get_type_traits(k->type)->to_float(stored, values.data(), k->ne[0]);
             }
-            ggml_quantize_chunk(type, values.data(), indexed.data(), 0, 1, int64_t(n), nullptr);
+            ggml_quantize_chunk(type, values.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
             scorer->set_row(s, rows[i], indexed.data());
         }
     }
@@ -1702,9 +1853,9 @@ asrkf_stats memory::get_stats(llama_context * ctx) const {
     s.struct_size        = sizeof(s);
     s.policy             = config.policy;
     s.n_groups           = uint32_t(groups.size());
-    s.pool_cells         = first().rule->params.pool_cells;
-    s.active_cells       = first().rule->n_active();
-    s.frozen_cells       = first().rule->n_frozen();
+    s.pool_cells         = mean_cells([](const group & g) { return g.rule->params.pool_cells; });
+    s.active_cells       = mean_cells([](const group & g) { return g.rule->n_active(); });
+    s.frozen_cells       = n_tokens() - s.active_cells;
     s.tokens             = n_tokens();
     s.device_index_bytes = scorer ? scorer->device_bytes() : 0;
     s.outputs_total      = trigger.count();

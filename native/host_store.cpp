@@ -15,7 +15,8 @@ host_store::~host_store() { clear(); }
 bool host_store::grow(size_t wanted) {
     size_t n = std::max<size_t>(1, ARENA_BYTES / slot_bytes);
     n = std::max(n, std::min(wanted, 4*n));
-    if (budget.limit_bytes) {
+    if (budget.limit_bytes) { // several stores share it: none may take much ahead of need
+        n = std::max(std::min(wanted, n), std::min(n, size_t(budget.limit_bytes / 32 / slot_bytes)));
         const uint64_t left = budget.limit_bytes - std::min(budget.limit_bytes, budget.used_bytes);
         n = std::min<size_t>(n, size_t(left / slot_bytes));
         if (n == 0) {

@@ -42,7 +42,8 @@ def main() -> None:
     def stats() -> dict:
         if not options["upstream"]:
             return {**dataclasses.asdict(llm.kv_stats()), "decoded": decoded}
-        return {"device_kv_bytes": logged("KV buffer size"), "device_compute_bytes": logged("compute buffer size"), "host_kv_bytes": 0}
+        sizes = {"device_kv_bytes": logged("KV buffer size"), "device_compute_bytes": logged("compute buffer size")}
+        return {**sizes, "device_index_bytes": 0, "host_kv_bytes": 0}
 
     def logged(what: str) -> float:
         """Bytes that the unpatched library itself reports in its log; it has no call for them."""

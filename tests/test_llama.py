@@ -46,7 +46,7 @@ def test_device_bytes_are_the_pools_and_stay_so(load, smollm2, text, policy, typ
     after = llm.kv_stats()
     assert after.device_kv_bytes == before.device_kv_bytes
     assert after.device_compute_bytes == before.device_compute_bytes > 0
-    assert after.frozen_cells > 900
+    assert after.frozen_cells > 800
     assert after.scoring_steps_total > 0
     assert after.host_kv_bytes >= sum(group.frozen_cells * group.token_bytes for group in after.groups)
     assert (after.device_staging_bytes > 0) == ("staged" in policy or bool(RPC_ENDPOINT))
@@ -134,10 +134,12 @@ def test_a_prompt_of_6000_tokens_is_read_in_a_pool_of_1024(load, smollm2, text, 
     assert sum(group.active_cells * group.n_layers for group in stats.groups) <= 1024 * 30
     assert all(group.frozen_cells >= 6040 - group.pool_cells for group in stats.groups)
     assert stats.device_kv_bytes == 1024 * 23040
-    assert stats.restores_total["timer"] > 0
+    assert stats.restores_total["recall"] > 0 and stats.rewalks_total == 1
     assert [position for position, _ in llm.kv_tokens()] == list(range(6040))
     assert len(set(chosen)) > 5  # a text, not one token over and over
-    assert sum(step["n_tokens"] for step in trace.steps) == 6040
+    assert sum(step["n_tokens"] for step in trace.steps if step["occasion"] != 1) == 6040
+    assert [step["n_tokens"] for step in trace.steps if step["occasion"] == 1] == [48]  # the prompt's end, computed again
+    assert sum(step["entropy"] > 0 for step in trace.steps) >= 39  # of each output that came before a step
     assert max(step["active_cells"] for step in trace.steps) <= stats.pool_cells
     assert sum(step["freezes"] for step in trace.steps) == stats.freezes_total
     assert stats.policy_seconds > 0 and stats.moves_seconds > 0
@@ -152,7 +154,8 @@ def test_every_preset_runs_freezes_and_keeps_the_bound(load, smollm2, text, poli
     assert stats.policy == policy.split(",")[0]
     assert stats.frozen_cells > 0 and stats.active_cells <= 512
     assert (stats.scoring_steps_total > 0) == (stats.policy in ("asrkf", "paper"))
-    assert (stats.restores_total["timer"] > 0) == (stats.policy != "window")
+    assert (stats.restores_total["timer"] > 0) == (stats.policy not in ("window", "asrkf"))
+    assert (stats.restores_total["recall"] > 0) == (stats.policy == "asrkf")
     check_states(llm)
 
 
@@ -250,28 +253,33 @@ def test_pinned_positions_are_never_frozen(load, smollm2, text):
     check_states(llm)
 
 
-def test_states_are_whole_or_refused(load, smollm2, text):
-    llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
-    short = tokens_of(llm, text, 200)
-    llm.eval(short)
+@pytest.mark.parametrize("policy", ["asrkf,pool=512", TWO_GROUPS])
+def test_states_hold_frozen_tokens_and_load_anywhere(load, smollm2, text, policy):
+    llm = load(smollm2, kv_policy=policy)
+    tokens = tokens_of(llm, text, 1200)
+    llm.eval(tokens)
+    assert llm.kv_stats().frozen_cells > 400
     state = llm.save_state()
-    chosen, _ = greedy(llm, tokens_of(llm, text, 900)[200:], 5)
-    assert llm.kv_stats().frozen_cells > 0
-    with pytest.raises(KVError, match="cannot be saved while tokens are frozen"):
-        llm.save_state()
+    rows = {(group, position): llm.kv_rows(position, group) for group in range(len(llm.kv_stats().groups)) for position in range(0, 1200, 37)}
+    greedy(llm, tokens[:5], 10)
     llm.load_state(state)
-    assert llm.kv_stats().tokens == 200 and llm.kv_stats().frozen_cells == 0
-    again, _ = greedy(llm, tokens_of(llm, text, 900)[200:], 5)
-    assert again == chosen
+    assert llm.n_tokens == llm.kv_stats().tokens == 1200
+    assert {key: llm.kv_rows(key[1], key[0]) for key in rows} == rows
+    greedy(llm, tokens[:5], 10)
     check_states(llm)
-    big = load(smollm2, kv_policy="full", n_ctx=2048)
-    big.eval(tokens_of(big, text, 900))
-    with pytest.raises(KVError, match="pool of 512 cells"):
-        llm.load_state(big.save_state())
-    groups = load(smollm2, kv_policy=TWO_GROUPS)
-    groups.eval(short)
-    with pytest.raises(KVError, match="several layer groups"):
-        groups.save_state()
+    full = load(smollm2, kv_policy="full")
+    full.load_state(state)
+    again, _ = greedy(full, tokens[:5], 10)
+    assert len(again) == 10 and full.kv_stats().tokens == 1215
+    whole = load(smollm2, kv_policy="asrkf", kv_pool=2048)
+    whole.load_state(state)
+    assert greedy(whole, tokens[:5], 10)[0] == again  # nothing is frozen there: the same tokens as the full cache
+    small = load(smollm2, kv_policy="asrkf", kv_pool=512, n_ctx=1024)
+    small.eval(tokens[:100])
+    with pytest.raises(KVError, match="the state has 1200 tokens, n_ctx is 1024"):
+        small.load_state(state)
+    assert small.n_tokens == small.kv_stats().tokens == 100
+    small.eval(tokens[100:110])
 
 
 def test_a_host_limit_refuses_the_step_and_nothing_is_lost(load, smollm2, text):

@@ -21,7 +21,7 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": 0}, "pool=0 must be positive"),
         ({"kv_pool": -1}, "pool=-1 must be positive"),
         ({"kv_pool": 4096}, "pool of 4096 cells is larger than n_ctx 2048"),
-        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 5898240 bytes"),
+        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 7823360 bytes"),
         ({"kv_pool": 1.5}, "at most 1.0"),
         ({}, "no pool: set kv_pool"),
         ({"kv_policy": "asrkf,window=500", "kv_pool": 512}, "raise kv_pool to at least 768 or lower window"),
@@ -31,7 +31,7 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": 512, "flash_attn": False}, "pass flash_attn=True"),
         ({"kv_pool": 512, "embedding": True}, "drop embedding=True"),
         ({"kv_policy": None, "kv_pool": 512}, "needs a kv_policy"),
-        ({"kv_policy": "asrkf,score_layers=40", "kv_pool": 512}, "the model has 30 layers"),
+        ({"kv_policy": "asrkf,score_layers=40", "kv_pool": 512}, "the model has 30 layers with a KV cache, and 40"),
         ({"kv_policy": "asrkf,layers=0-9@512"}, "layer 10 is in no group"),
         ({"kv_policy": FreezeConfig(pool=512), "kv_pool": 1024}, "contradicts"),
     ],
@@ -50,7 +50,7 @@ def test_the_smallest_pool_that_the_error_names_works(load, smollm2):
 
 
 def test_pools_are_cells_fractions_and_bytes(load, smollm2):
-    for pool, cells in ((1000, 1024), (0.25, 512), ("12MiB", 512), ("0.5", 1024), (2048, 2048)):
+    for pool, cells in ((1000, 1024), (0.25, 512), ("14MiB", 512), ("0.5", 1024), (2048, 2048)):
         assert load(smollm2, kv_policy="asrkf", kv_pool=pool).kv_stats().pool_cells == cells, pool
 
 

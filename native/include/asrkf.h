@@ -100,7 +100,7 @@ struct asrkf_stats {
     uint32_t struct_size;
     int32_t  policy;                   /* the one that really runs */
     uint32_t n_groups;
-    uint32_t pool_cells;               /* of the first group; see asrkf_get_group_stats() for the others */
+    uint32_t pool_cells;               /* means over the layers; asrkf_get_group_stats() has each group's */
     uint32_t active_cells;
     uint32_t frozen_cells;
     uint64_t tokens;                   /* of the sequence: active + frozen */
@@ -152,17 +152,17 @@ struct asrkf_group_stats {
     uint64_t device_kv_bytes;
 };
 
-/* One step (ubatch), all groups together where nothing else is said. */
+/* One step (ubatch), all groups together; cells are means over the layers. */
 struct asrkf_step {
     uint64_t index;
     int32_t  pos;                      /* of the first token */
     uint32_t n_tokens;
-    uint32_t active_cells;             /* of the first group, after the step was placed */
+    uint32_t active_cells;             /* after the step was placed */
     uint32_t frozen_cells;
     uint32_t freezes;
     uint32_t restores;
     uint32_t scored;                   /* 1: the step's graph has the relevance branch */
-    uint32_t recovery;                 /* 0, or the level that entropy asked for: 2 soft, 3 window, 4 full */
+    uint32_t occasion;                 /* 0: the interval; 1: the end of a prompt, computed again; recovery: 2 soft, 3 window, 4 full */
     float    entropy;                  /* nats, of the output before this step; measured while a trace runs, or recovery is on */
     float    policy_seconds;
     float    moves_seconds;

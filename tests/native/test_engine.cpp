@@ -292,6 +292,73 @@ TEST(copies_make_way, "near the host limit the copies of active tokens make way 
     llama_free(ctx);
 }
 
+static std::vector<uint8_t> saved(llama_context * ctx) {
+    std::vector<uint8_t> blob(llama_state_get_size(ctx));
+    CHECK(!blob.empty() && llama_state_get_data(ctx, blob.data(), blob.size()) == blob.size());
+    return blob;
+}
+
+static std::vector<std::vector<uint8_t>> rows_of(llama_context * ctx, uint32_t group) {
+    std::vector<std::vector<uint8_t>> rows;
+    for (uint64_t pos = 0; pos < stats_of(ctx).tokens; ++pos) {
+        rows.emplace_back(group_of(ctx, group).token_bytes);
+        CHECK(asrkf_get_rows(ctx, group, int32_t(pos), rows.back().data(), rows.back().size()) == ASRKF_OK);
+    }
+    return rows;
+}
+
+struct rewalk_watch {
+    llama_context * ctx;
+    uint64_t        before;
+};
+
+static bool abort_in_rewalk(void * data) {
+    const auto * watch = static_cast<const rewalk_watch *>(data);
+    return watch->ctx && stats_of(watch->ctx).rewalks_total > watch->before;
+}
+
+TEST(rewalk, "the end of a long prompt is computed again in its cells; given up halfway, only the call's own tokens go") {
+    llama_context * plain = make_context("asrkf,pool=512,rewalk_tokens=0");
+    llama_context * ctx   = make_context("asrkf,pool=512");
+    std::mt19937 random(5);
+    const auto tokens = [&](int n) {
+        std::vector<llama_token> result;
+        for (int i = 0; i < n; ++i) {
+            result.push_back(llama_token(random() % 256));
+        }
+        return result;
+    };
+    CHECK(asrkf_prompt_follows(ctx, 1) == ASRKF_OK);
+    for (int i = 0; i < 4; ++i) {
+        const auto part = tokens(300);
+        if (i == 3) {
+            CHECK(stats_of(ctx).rewalks_total == 0); // more was to come
+            CHECK(asrkf_prompt_follows(ctx, 0) == ASRKF_OK);
+        }
+        CHECK(decode(plain, part) == 0 && decode(ctx, part) == 0);
+    }
+    const asrkf_stats s = stats_of(ctx);
+    CHECK(s.tokens == 1200 && s.rewalks_total == 1 && s.rewalked_tokens_total == 48 && stats_of(plain).rewalks_total == 0);
+    const auto a = rows_of(plain, 0), b = rows_of(ctx, 0);
+    CHECK(std::equal(a.begin(), a.begin() + 1152, b.begin())); // before its end the prompt is what it was
+    int n_changed = 0;
+    for (size_t i = 1152; i < 1200; ++i) {
+        n_changed += a[i] != b[i];
+    }
+    CHECK(n_changed > 24); // other tokens were there to attend to
+    CHECK(decode(ctx, { 1 }) == 0 && stats_of(ctx).rewalks_total == 1); // a generated token is no prompt
+
+    rewalk_watch watch = { ctx, 1 };
+    llama_set_abort_callback(ctx, abort_in_rewalk, &watch);
+    CHECK(decode(ctx, tokens(10)) == 2); // 38 of the 48 tokens are of earlier calls
+    CHECK(llama_memory_seq_pos_max(llama_get_memory(ctx), 0) == 1200);
+    watch.ctx = nullptr;
+    CHECK(decode(ctx, tokens(10)) == 0 && stats_of(ctx).tokens == 1211);
+    witness(ctx).check(random);
+    llama_free(ctx);
+    llama_free(plain);
+}
+
 TEST(open_ended_pins, "an open end is what is there to pin, and everything to unpin") {
     llama_context * ctx = make_context("asrkf,pool=512");
     CHECK(decode(ctx, std::vector<llama_token>(50, 3)) == 0);
@@ -364,32 +431,112 @@ TEST(unserved_operations, "shifts and copies make the next decode fail, until th
     llama_free(ctx);
 }
 
-TEST(state, "a state is saved and loaded while nothing is frozen, and refused otherwise") {
+TEST(state, "a state is upstream's: what is saved here loads there and the other way round") {
     llama_context * ctx = make_context("asrkf,pool=512");
     CHECK(decode(ctx, std::vector<llama_token>(100, 3)) == 0);
-    std::vector<uint8_t> blob(llama_state_get_size(ctx));
-    CHECK(!blob.empty() && llama_state_get_data(ctx, blob.data(), blob.size()) > 0);
-    std::vector<float> expected, found;
+    const auto blob = saved(ctx);
     const auto logits = [&](llama_context * c) { return std::vector<float>(llama_get_logits(c), llama_get_logits(c) + 256); };
     CHECK(decode(ctx, { 9 }) == 0);
-    expected = logits(ctx);
-
-    // the same bytes in upstream's cache, and back in a pool after it has frozen something
+    const auto expected = logits(ctx);
     llama_context * plain = make_context(nullptr);
     CHECK(llama_state_set_data(plain, blob.data(), blob.size()) == blob.size());
+    CHECK(saved(plain) == blob);
     CHECK(decode(plain, { 9 }) == 0 && logits(plain) == expected);
-    llama_free(plain);
+    // back into a pool that has frozen something
     CHECK(decode(ctx, std::vector<llama_token>(300, 5)) == 0 && decode(ctx, std::vector<llama_token>(300, 6)) == 0);
     CHECK(stats_of(ctx).frozen_cells > 0);
-    CHECK(llama_state_get_size(ctx) == 0);
-    CHECK(std::strstr(asrkf_last_error(), "frozen") != nullptr);
-    CHECK(llama_state_seq_get_size(ctx, 0) == 0);
     CHECK(llama_state_set_data(ctx, blob.data(), blob.size()) == blob.size());
-    const asrkf_stats s = stats_of(ctx);
-    CHECK(s.tokens == 100 && s.frozen_cells == 0);
+    CHECK(stats_of(ctx).tokens == 100);
     CHECK(decode(ctx, { 9 }) == 0 && logits(ctx) == expected);
+    CHECK(stats_of(ctx).frozen_cells == 0);
     std::mt19937 random(1);
     witness(ctx).check(random);
+    llama_free(plain);
+    llama_free(ctx);
+}
+
+TEST(frozen_state, "a state holds frozen tokens too, and loads into any pool, any groups, and the full cache") {
+    llama_context * ctx = make_context("asrkf,pool=512,moves=staged,rewalk_tokens=0");
+    for (int i = 0; i < 10; ++i) {
+        CHECK(decode(ctx, std::vector<llama_token>(100, i)) == 0);
+    }
+    CHECK(stats_of(ctx).frozen_cells >= 488);
+    const auto blob = saved(ctx);
+    const auto rows = rows_of(ctx, 0);
+    CHECK(llama_state_seq_get_size(ctx, 0) > 0);
+
+    for (const char * policy : { "asrkf,pool=768", "window,pool=512,moves=staged", "asrkf,pool=512,host_limit=1100000B" }) {
+        llama_context * other = make_context(policy);
+        CHECK(decode(other, std::vector<llama_token>(250, 1)) == 0 && decode(other, std::vector<llama_token>(250, 2)) == 0); // what was there goes
+        CHECK(llama_state_set_data(other, blob.data(), blob.size()) == blob.size());
+        CHECK(rows_of(other, 0) == rows);
+        CHECK(decode(other, { 9 }) == 0);
+        const asrkf_stats s = stats_of(other);
+        CHECK(s.tokens == 1001 && s.active_cells > s.pool_cells - 16 && s.active_cells <= s.pool_cells);
+        std::mt19937 random(1);
+        witness(other).check(random);
+        llama_free(other);
+    }
+    llama_context * groups = make_context("asrkf,layers=0@512/1@768");
+    CHECK(llama_state_set_data(groups, blob.data(), blob.size()) == blob.size()); // before its first decode
+    CHECK(decode(groups, { 9 }) == 0 && stats_of(groups).tokens == 1001);
+    CHECK(llama_memory_seq_rm(llama_get_memory(groups), 0, 1000, -1));
+    CHECK(saved(groups).size() == blob.size());
+    llama_free(groups);
+    llama_context * plain = make_context(nullptr);
+    CHECK(llama_state_set_data(plain, blob.data(), blob.size()) == blob.size());
+    CHECK(decode(plain, { 9 }) == 0);
+    llama_free(plain);
+
+    options small;
+    small.n_ctx = 768;
+    llama_context * too_small = make_context("asrkf,pool=512", small);
+    CHECK(llama_state_set_data(too_small, blob.data(), blob.size()) == 0);
+    CHECK(std::strstr(asrkf_last_error(), "raise n_ctx") != nullptr);
+    llama_free(too_small);
+    llama_context * limited = make_context("asrkf,pool=512,host_limit=300kB");
+    CHECK(decode(limited, { 1, 2, 3 }) == 0);
+    CHECK(llama_state_set_data(limited, blob.data(), blob.size()) == 0 && asrkf_last_status() == ASRKF_HOST_LIMIT);
+    CHECK(stats_of(limited).tokens == 3); // as it was
+    llama_free(limited);
+    options q8;
+    q8.type = GGML_TYPE_Q8_0;
+    llama_context * other_type = make_context("asrkf,pool=512", q8);
+    CHECK(llama_state_set_data(other_type, blob.data(), blob.size()) == 0);
+    CHECK(std::strstr(asrkf_last_error(), "cache type") != nullptr);
+    llama_free(other_type);
+    llama_free(ctx);
+}
+
+TEST(damaged_state, "a truncated or damaged state is refused and the sequence stays, or is read; it never crashes") {
+    llama_context * ctx = make_context("asrkf,pool=512");
+    CHECK(decode(ctx, std::vector<llama_token>(250, 3)) == 0 && decode(ctx, std::vector<llama_token>(250, 4)) == 0 && decode(ctx, std::vector<llama_token>(200, 5)) == 0);
+    const auto blob = saved(ctx);
+    CHECK(decode(ctx, { 5 }) == 0);
+    const auto rows = rows_of(ctx, 0);
+    std::mt19937 random(20251211);
+    for (int i = 0; i < 60; ++i) {
+        const size_t size = random() % blob.size();
+        CHECK(llama_state_set_data(ctx, blob.data(), size) == 0);
+        CHECK(stats_of(ctx).tokens == 701);
+    }
+    CHECK(rows_of(ctx, 0) == rows);
+    int n_refused = 0;
+    for (int i = 0; i < 400; ++i) {
+        auto damaged = blob;
+        const size_t n_head = std::min<size_t>(damaged.size(), 9000); // counts, positions, the first types and sizes
+        damaged[random() % n_head] ^= uint8_t(1 + random() % 255);
+        const uint64_t before = stats_of(ctx).tokens;
+        if (llama_state_set_data(ctx, damaged.data(), damaged.size()) == 0) {
+            CHECK(stats_of(ctx).tokens == before);
+            n_refused++;
+        }
+        CHECK(decode(ctx, { 7 }) == 0 || std::strlen(asrkf_last_error()) > 0);
+        if (llama_memory_seq_pos_max(llama_get_memory(ctx), 0) > 1500) {
+            llama_memory_clear(llama_get_memory(ctx), true);
+        }
+    }
+    CHECK(n_refused > 20);
     llama_free(ctx);
 }
 

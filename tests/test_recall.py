@@ -1,0 +1,167 @@
+"""What comes back, and why: recall, the end of a prompt, recovery, budgets by layer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from kv import check_states, greedy, last_logits, tokens_of
+
+from asrkf_gguf import FreezeConfig, KVError, calibrate
+from asrkf_gguf.models import find_side_file, side_files
+
+
+def test_the_index_is_small_constant_and_part_of_a_bound_in_bytes(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf", kv_pool="20MiB", n_ctx=4096)
+    before = llm.kv_stats()
+    assert 0 < before.device_index_bytes < 0.045 * 4096 * 23040
+    assert before.device_kv_bytes + before.device_index_bytes <= 20 << 20
+    llm.eval(tokens_of(llm, text, 2000))
+    after = llm.kv_stats()
+    assert (after.device_kv_bytes, after.device_index_bytes) == (before.device_kv_bytes, before.device_index_bytes)
+    for policy in ("window,pool=512", "random,pool=512", "full"):
+        assert load(smollm2, kv_policy=policy).kv_stats().device_index_bytes == 0
+
+
+def test_recall_brings_back_what_a_query_asks_for(load, smollm2, text):
+    """A sentence read long ago is frozen; asking for it in its own words brings its tokens back into every layer group."""
+    llm = load(smollm2, kv_policy="asrkf,pool=512,rewalk_tokens=0", n_ctx=4096)
+    sentence = " The pass key of the northern harbour is 48213."
+    tokens = tokens_of(llm, text, 400)
+    begin = len(tokens)
+    tokens += llm.tokenize(sentence.encode(), add_bos=False)
+    end = len(tokens)
+    tokens += tokens_of(llm, text[4000:], 1500)
+    llm.eval(tokens)
+
+    def active() -> float:
+        parts = []
+        for group in range(len(llm.kv_stats().groups)):
+            states = llm.kv_tokens(group)
+            parts.append(np.mean([states[position][1] != "frozen" for position in range(begin, end)]))
+        return float(np.mean(parts))
+
+    before = active()
+    assert before < 0.7
+    for token in llm.tokenize(b" The pass key of the northern harbour is 482", add_bos=False) * 2:
+        llm.eval([token])
+    assert active() > before
+    stats = llm.kv_stats()
+    assert stats.restores_total["recall"] > 0
+    check_states(llm)
+
+
+def test_recall_off_leaves_frozen_tokens_to_their_timers(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf,pool=512,recall=off,timer_share=0.1")
+    greedy(llm, tokens_of(llm, text, 1200), 40)
+    stats = llm.kv_stats()
+    assert stats.restores_total["recall"] == 0 and stats.restores_total["timer"] > 0 and stats.rewalks_total == 0
+    check_states(llm)
+
+
+def test_a_prompt_in_many_batches_has_one_end(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf,pool=512", n_batch=128)
+    llm.eval(tokens_of(llm, text, 1000))
+    assert llm.kv_stats().rewalks_total == 1 and llm.kv_stats().rewalked_tokens_total == 48
+    llm.eval(tokens_of(llm, text, 1)[:1])
+    assert llm.kv_stats().rewalks_total == 1
+    short = load(smollm2, kv_policy="asrkf,pool=512", n_batch=128)
+    short.eval(tokens_of(short, text, 200))
+    assert short.kv_stats().rewalks_total == 0  # nothing was frozen
+
+
+def test_entropy_is_that_of_the_outputs(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf,pool=512")
+    expected = []
+    with llm.kv_trace() as trace:
+        llm.eval(tokens_of(llm, text, 600))
+        for token in tokens_of(llm, text[5000:], 20):
+            logits = last_logits(llm).astype(np.float64)
+            p = np.exp(logits - logits.max())
+            p /= p.sum()
+            expected.append(float(-(p * np.log(np.maximum(p, 1e-300))).sum()))
+            llm.eval([token])
+    found = [step["entropy"] for step in trace.steps if step["n_tokens"] == 1]
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
+    stats = llm.kv_stats()
+    assert stats.outputs_total == 20
+    assert stats.entropy == pytest.approx(expected[-1], rel=1e-4)
+    assert stats.entropy_mean == pytest.approx(np.mean(expected), rel=1e-4)
+    assert stats.entropy_deviation == pytest.approx(np.std(expected, ddof=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("trigger", ["entropy", "random"])
+def test_recovery_escalates_within_the_bound(load, smollm2, text, trigger):
+    llm = load(smollm2, kv_policy=f"asrkf,pool=512,recovery=full,trigger={trigger},trigger_share=0.5,seed=3")
+    tokens = tokens_of(llm, text, 1400)
+    llm.eval(tokens[:1000])
+    for token in tokens[1000:1400]:
+        llm.eval([token])
+    stats = llm.kv_stats()
+    assert all(stats.recoveries_total[level] > 0 for level in ("soft", "window", "full")), stats.recoveries_total
+    assert stats.restores_total["recovery"] > 0
+    assert sum(stats.recoveries_total.values()) <= 400 / 16  # the pause
+    check_states(llm)
+
+
+@pytest.mark.parametrize("layers", ["shared", "two", "each"])
+def test_budgets_by_layer_keep_the_pools_bytes(load, smollm2, layers):
+    stats = load(smollm2, kv_policy=FreezeConfig(layers=layers, pool=1024), n_ctx=4096).kv_stats()
+    assert stats.device_kv_bytes <= 1024 * 23040
+    assert stats.device_kv_bytes > (1024 - 64) * 23040  # what does not divide is less than a sixteenth
+    assert sum(group.n_layers for group in stats.groups) == 30
+    assert {"shared": len(stats.groups) == 1, "two": len(stats.groups) == 2, "each": 2 < len(stats.groups) <= 12}[layers]
+
+
+def test_the_packages_own_calibration_is_found(load, smollm2):
+    config = load(smollm2, kv_policy="asrkf", kv_pool=512).kv_config()
+    assert Path(config.calibration).name == "SmolLM2-135M-Instruct.Q4_1.asrkf.json"
+    assert load(smollm2, kv_policy="window", kv_pool=512).kv_config().calibration is None
+
+
+@pytest.fixture
+def bytes_as_tokens(monkeypatch):
+    """The tiny model has no tokenizer, but a vocabulary of 256."""
+    monkeypatch.setattr(llama_cpp.Llama, "tokenize", lambda self, text, **_: list(text))
+
+
+def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, smollm2, tiny, text, tmp_path, monkeypatch, bytes_as_tokens):
+    model = tmp_path / "model.gguf"
+    model.write_bytes(Path(tiny).read_bytes())
+    assert find_side_file(model) is None
+    monkeypatch.setattr(calibrate, "resolve_model", Path)
+    source = tmp_path / "text.txt"
+    source.write_text(text[:30000])
+    arguments = type("Arguments", (), {"model": str(model), "text": str(source), "tokens": 1280, "threads": 2, "n_gpu_layers": 0, "out": None})
+    assert calibrate.main(arguments) == 0
+    path = side_files(model)[0]
+    content = json.loads(path.read_text())
+    assert len(content["sensitivities"]) == 2 and all(value > 0 for value in content["sensitivities"])
+    assert find_side_file(model) == path
+    assert load(str(model), kv_policy="asrkf", kv_pool=1024).kv_config().calibration == str(path)
+    with pytest.raises(ValueError, match="made for another model"):
+        load(smollm2, kv_policy=f"asrkf,calibration={path}", kv_pool=512)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="not a file of asrkf calibrate"):
+        load(str(model), kv_policy="asrkf", kv_pool=1024)
+
+
+def test_a_short_calibration_text_is_refused(tiny, bytes_as_tokens):
+    with pytest.raises(ValueError, match="give a longer --text"):
+        calibrate.calibrate(Path(tiny), "too short", threads=2, n_gpu_layers=0)
+    with pytest.raises(ValueError, match="multiple of 256"):
+        calibrate.calibrate(Path(tiny), "too short", n_tokens=100)
+
+
+def test_presets_are_asrkf_with_a_pool(load, smollm2):
+    for name, cells in (("aggressive", 512), ("default", 768), ("quality", 1536)):
+        stats = load(smollm2, kv_policy=name).kv_stats()
+        assert (stats.policy, stats.pool_cells) == ("asrkf", cells)
+
+
+def test_score_layers_that_do_not_fit_the_graph_are_refused(load, smollm2):
+    with pytest.raises((ValueError, KVError), match="score_layers"):
+        load(smollm2, kv_policy="asrkf,score_layers=0-29", kv_pool=512)
