@@ -42,16 +42,21 @@ class Runner:
     """One loaded model, a new context with its own policy for each measurement."""
 
     def __init__(self, path: Path, n_tokens: int, threads: Optional[int], n_gpu_layers: int) -> None:
+        self._policy("full")  # whatever LLAMA_KV_POLICY says
         self.llm = llama_cpp.Llama(
             str(path), n_ctx=n_tokens, n_batch=STEP_TOKENS, n_ubatch=STEP_TOKENS, n_gpu_layers=n_gpu_layers,
             n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False,
         )  # fmt: skip
         self.n_tokens = n_tokens
 
+    @staticmethod
+    def _policy(text: str) -> None:
+        """Of the next context."""
+        _native.check(_native.lib.asrkf_next_context(_native.parse_config(text)))
+
     def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int) -> np.ndarray:
         """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
-        settings = _native.parse_config(policy) if policy != "full" else _native.ffi.NULL
-        _native.check(_native.lib.asrkf_next_context(settings))
+        self._policy(policy)
         context = llama_cpp._internals.LlamaContext(model=self.llm._model, params=self.llm.context_params, verbose=False)
         batch = llama_cpp._internals.LlamaBatch(n_tokens=STEP_TOKENS, embd=0, n_seq_max=1, verbose=False)
         n_vocab = self.llm.n_vocab()
@@ -108,6 +113,7 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
         "version": 1,
         "model": fingerprint(runner.llm._model.model),
         "model_file": path.name,
+        "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),
         "measured": measured,
         "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",

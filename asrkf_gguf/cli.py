@@ -45,11 +45,12 @@ def summary(stats: KVStats) -> str:
         [
             f"policy {stats.policy}: {stats.tokens} tokens = {stats.active_cells} active + "
             f"{stats.frozen_cells} frozen, pool {stats.pool_cells} cells",
-            f"device: KV {stats.device_kv_bytes / MIB:.1f} MiB, staging {stats.device_staging_bytes / MIB:.1f} MiB, "
+            f"device: KV {stats.device_kv_bytes / MIB:.1f} MiB, index {stats.device_index_bytes / MIB:.1f} MiB, "
+            f"staging {stats.device_staging_bytes / MIB:.1f} MiB, "
             f"compute {stats.device_compute_bytes / MIB:.1f} MiB; host: KV {stats.host_kv_bytes / MIB:.1f} MiB",
             f"moved: {stats.moved_to_host_bytes / MIB:.1f} MiB to host in {stats.moves_to_host_total} calls, "
             f"{stats.moved_to_device_bytes / MIB:.1f} MiB to device in {stats.moves_to_device_total}; "
-            f"freezes {stats.freezes_total}, restores: {restored}",
+            f"freezes {stats.freezes_total}, restores: {restored}; rewalked {stats.rewalked_tokens_total} tokens",
             f"seconds: policy {stats.policy_seconds:.3f}, scoring {stats.scoring_seconds:.3f}, moves {stats.moves_seconds:.3f}",
         ]
     )

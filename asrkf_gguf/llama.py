@@ -92,12 +92,16 @@ class Llama(llama_cpp.Llama):
         _native.lib.asrkf_clear_error()
         freezes = len(tokens) > self.n_batch and self.kv_stats().policy != "full"
         try:
-            for begin in range(0, len(tokens), self.n_batch):
+            begin = 0
+            while begin < len(tokens):
+                end = min(begin + self.n_batch, len(tokens))
+                end -= end == len(tokens) - 1 and end - begin > 1  # an end of one token would look like a generated one
                 if freezes:  # every one of these batches looks like the end of a prompt: say which is
-                    _native.lib.asrkf_prompt_follows(self._pointer, begin + self.n_batch < len(tokens))
-                super().eval(tokens[begin : begin + self.n_batch])
+                    _native.lib.asrkf_prompt_follows(self._pointer, end < len(tokens))
+                super().eval(tokens[begin:end])
                 if self.progress is not None and len(tokens) > self.n_batch:
-                    self.progress(min(begin + self.n_batch, len(tokens)), len(tokens))
+                    self.progress(end, len(tokens))
+                begin = end
         except RuntimeError as error:
             reason = _native.last_error()
             if reason:
@@ -117,11 +121,11 @@ class Llama(llama_cpp.Llama):
     def load_state(self, state: llama_cpp.LlamaState) -> None:
         """Load a state, of any pool or of the full cache; KVError with the reason if it does not fit: the sequence is then as before."""
         _native.lib.asrkf_clear_error()
-        before = (self.input_ids.copy(), self.n_tokens, self._seed)
+        before = (self.input_ids.copy(), self.n_tokens, self._seed, self._requires_eval)
         try:
             super().load_state(state)
         except RuntimeError as error:
-            self.input_ids, self.n_tokens, self._seed = before
+            self.input_ids, self.n_tokens, self._seed, self._requires_eval = before
             raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
 
     # the cache

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Optional
@@ -92,9 +94,22 @@ def side_files(model_path: Path) -> list[Path]:
 
 
 def find_side_file(model_path: Path) -> Optional[Path]:
-    """The calibration of a model, from where side_files() says or from those that come with the package; None without one."""
+    """The calibration of a model, from where side_files() says or from those that come with the package; None without one.
+
+    A file of that name that was made for a GGUF of another size is passed over with a warning.
+    """
     places = side_files(model_path)
-    return next((path for path in [*places, _native.PACKAGE / "calibrations" / places[0].name] if path.is_file()), None)
+    for path in [*places, _native.PACKAGE / "calibrations" / places[0].name]:
+        if not path.is_file() or "," in str(path):
+            continue
+        try:
+            expected = json.loads(path.read_text()).get("model_file_bytes")
+        except (ValueError, AttributeError):
+            expected = None  # damaged: the engine says how
+        if expected is None or expected == model_path.stat().st_size:
+            return path
+        warnings.warn(f"{path} was made for a model of {expected} bytes, not for {model_path}: run asrkf calibrate", stacklevel=2)
+    return None
 
 
 def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = None) -> int:

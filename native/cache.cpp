@@ -112,7 +112,6 @@ struct group {
 };
 
 class memory;
-
 class memory_context;
 
 // What the graph code sees of one group for the current step.
@@ -138,7 +137,7 @@ protected:
 // The context of the whole memory; it is group 0's, and holds the others'.
 class memory_context final : public group_context {
 public:
-    memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks);
+    memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks, bool has_output);
     explicit memory_context(memory & mem); // worst case, for reserving compute buffers
 
     bool next() override;
@@ -163,6 +162,7 @@ public:
 
 private:
     const bool rewalks;
+    const bool has_output; // one whose entropy counts
     std::vector<std::unique_ptr<group_context>> others;
 };
 
@@ -226,7 +226,7 @@ public:
     void build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il);
     void set_side_input(const memory_context & mctx, const relevance::branch & branch);
     void read_scores(llama_context & lctx, const memory_context & mctx);
-    void step_computed() { rewalk_begin = -1; }
+    void step_computed(bool output) { rewalk_begin = -1; output_pending = output; }
 
     const asrkf_config         config;
     std::vector<group>         groups;
@@ -291,26 +291,27 @@ private:
     std::vector<llama_kv_cell_ext> exts;           // by token: what a cell holds beside its position
     ranges                         pinned;
 
-    std::vector<uint32_t>   rows;                   // by token: its row in the index
-    std::vector<int32_t>    token_of_row;           // -1: none
-    std::vector<uint32_t>   free_rows;              // the last is taken first
-    std::vector<llama_pos>  ring_pos;               // of the queries that are kept
-    uint32_t                ring_next      = 0;
+    // scores
+    std::vector<uint32_t>     rows;                     // by token: its row in the index
+    std::vector<uint32_t>     free_rows;                // the last is taken first
+    std::vector<llama_pos>    ring_pos;                 // of the queries that are kept, -1: none yet
+    uint32_t                  ring_next      = 0;
+    side_input *              side           = nullptr; // of the graph that is being built
     const relevance::branch * scoring_branch = nullptr; // of the graph that runs
-    side_input *            side           = nullptr; // of the graph that is being built
-    ggml_backend_buffer_ptr scores_buffer;          // [groups that are scored + the peaks][rows], read back from the last scoring step: pinned where
-    uint32_t                n_scores       = 0;     // the device offers it, and never moved, since the device may still be writing
-    std::vector<uint32_t>   scored_groups;          // in the order of scores_buffer
-    bool                    scores_pending = false;
+    std::vector<uint32_t>     scored_groups;            // that have scoring layers, in the order of scores_buffer
+    ggml_backend_buffer_ptr   scores_buffer;            // [scored_groups, then the peaks][n_scores], read back from the last scoring step:
+    uint32_t                  n_scores       = 0;       // pinned where the device offers it, and never moved: it may still be written
+    bool                      scores_pending = false;
 
+    // calls
     recovery_trigger trigger;
-    bool             output_pending = false;        // the last call had an output row
+    bool             output_pending = false;            // the last call had an output row
     occasion         next_occasion  = occasion::step;
-    bool             prompt_follows = false;        // the caller says that the next call continues the prompt
-    llama_pos        call_begin     = -1;           // first position of the current call
-    llama_pos        rewalk_begin   = -1;           // first position that is being computed again
-    bool                           keep_store = false; // a state is being loaded into it
-    std::string                    fault;          // why the next decode must fail, until clear()
+    bool             prompt_follows = false;            // the caller says that the next call continues the prompt
+    llama_pos        call_begin     = -1;               // first position of the current call
+    llama_pos        rewalk_begin   = -1;               // first position that is being computed again
+    bool             keep_store     = false;            // a state is being loaded into it
+    std::string      fault;                             // why the next decode must fail, until clear()
 
     host_budget  budget;
     asrkf_stats  counters = {};
@@ -327,15 +328,15 @@ void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, 
     whole.mem.build_side_branch(whole, res, gf, q, k_cur, kq_scale, il);
 }
 
-memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks)
-    : group_context(*this, mem.groups[0], ubatches), mem(mem), rewalks(rewalks) {
+memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks, bool has_output)
+    : group_context(*this, mem.groups[0], ubatches), mem(mem), rewalks(rewalks), has_output(has_output) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i], ubatches));
     }
 }
 
 memory_context::memory_context(memory & mem)
-    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), rewalks(false) {
+    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), rewalks(false), has_output(false) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i]));
     }
@@ -355,7 +356,7 @@ void memory_context::on_computed(llama_context & lctx, const llm_graph_result &)
     if (n_scored > 0) {
         mem.read_scores(lctx, *this);
     }
-    mem.step_computed();
+    mem.step_computed(has_output && i_cur + 1 == ubatches.size());
 }
 
 uint32_t memory_context::group_of(int32_t il) const { return mem.group_of_layer[size_t(il)]; }
@@ -502,7 +503,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     }
     if (*config.calibration) {
         const calibration found = read_calibration(config.calibration);
-        const std::string own = fingerprint(model);
+        const std::string own = no_alloc ? found.fingerprint : fingerprint(model); // a trial without memory has no weights to name
         if (found.fingerprint != own) {
             throw error(ASRKF_INVALID_ARGUMENT, format("calibration=%s was made for another model (%s, this one is %s): run asrkf calibrate on this model", config.calibration,
                     found.fingerprint.c_str(), own.c_str()));
@@ -567,7 +568,6 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
         }
         scorer = std::make_unique<relevance>(scoring, n_ctx, config.score_queries, index_type(), score_kind(config.score),
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
-        token_of_row.assign(n_ctx, -1);
         for (uint32_t row = n_ctx; row-- > 0; ) {
             free_rows.push_back(row);
         }
@@ -788,15 +788,15 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         if (ubatches.empty()) {
             throw error(ASRKF_INTERNAL, "the batch could not be split");
         }
-        next_occasion  = read_entropy();
-        output_pending = balloc.get_n_outputs() > 0 && !prompt_follows; // a batch in the middle of a prompt has one only by habit
-        call_begin     = ubatches[0].pos[0];
+        next_occasion = read_entropy();
+        call_begin    = ubatches[0].pos[0];
+        const bool has_output = balloc.get_n_outputs() > 0 && !prompt_follows; // in the middle of a prompt there is one only by habit
         std::optional<llama_ubatch> again = prompt_follows ? std::nullopt : rewalk_of(ubatches);
         if (again) { // the outputs are those of the second time
             ubatches.back().output[ubatches.back().n_tokens - 1] = 0;
             ubatches.push_back(std::move(*again));
         }
-        return std::make_unique<memory_context>(*this, std::move(ubatches), again.has_value());
+        return std::make_unique<memory_context>(*this, std::move(ubatches), again.has_value(), has_output);
     } catch (const std::exception & e) {
         refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -838,6 +838,16 @@ std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & 
         tokens.insert(tokens.end(), u.token, u.token + u.n_tokens);
         positions.insert(positions.end(), u.pos, u.pos + u.n_tokens);
     }
+    uint32_t least_window = n_ctx;
+    for (const group & g : groups) {
+        least_window = std::min(least_window, g.rule->params.window);
+    }
+    while (n > 0 && positions[positions.size() - n] <= positions.back() - llama_pos(least_window)) {
+        n--; // positions may have holes, and only the window is sure to be in the pool
+    }
+    if (n < 2) {
+        return std::nullopt;
+    }
     data->token.assign(tokens.end() - n, tokens.end());
     data->pos.assign(positions.end() - n, positions.end());
     if (std::count(data->token.begin(), data->token.end(), LLAMA_TOKEN_NULL)) {
@@ -860,11 +870,10 @@ std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & 
 
 // The entropy of the last call's last output, which the caller has had by now, and what it calls for.
 occasion memory::read_entropy() {
-    if (!output_pending || (config.recovery == RECOVERY_OFF && !trace)) {
+    if (!std::exchange(output_pending, false) || (config.recovery == RECOVERY_OFF && !trace)) {
         return occasion::step;
     }
     stopwatch watch(counters.policy_seconds);
-    output_pending = false;
     synchronize();
     const float * logits = lctx->get_logits_ith(-1);
     if (!logits || n_tokens() == 0) {
@@ -964,7 +973,6 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             if (scorer) {
                 rows.push_back(free_rows.back());
                 free_rows.pop_back();
-                token_of_row[rows.back()] = int32_t(rows.size() - 1);
             }
         }
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
@@ -1008,6 +1016,7 @@ void memory::record(asrkf_step step) {
 bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
     try {
         const uint32_t n = ubatch.n_tokens, begin = n_tokens() - n;
+        rewalk_begin = ubatch.pos[0]; // from here on a failure takes back this call's tokens only: see seq_rm()
         const uint64_t freezes = counters.freezes_total, restores = n_restores();
         const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
         decide_and_move(0, first().rule->pos(n_tokens() - 1) + 1, occasion::prompt_end);
@@ -1015,8 +1024,13 @@ bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
             group & g = groups[ig];
             llama_kv_cache::slot_info slot = { 0, 0, { 0 }, { {} } };
             for (uint32_t i = begin; i < n_tokens(); ++i) {
+                if (g.places[i].cell < 0) {
+                    throw error(ASRKF_INTERNAL, format("position %d of the window is not in the pool", g.rule->pos(i)));
+                }
+            }
+            for (uint32_t i = begin; i < n_tokens(); ++i) {
                 place & p = g.places[i];
-                slot.idxs[0].push_back(uint32_t(p.cell)); // in the window, so in the pool
+                slot.idxs[0].push_back(uint32_t(p.cell));
                 if (p.slot >= 0) {
                     g.store->release(uint32_t(p.slot));
                     p.slot = -1;
@@ -1026,7 +1040,6 @@ bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
             mctx.at(ig).set_slot(std::move(slot));
         }
         point_at_rows(mctx, n, false);
-        rewalk_begin = ubatch.pos[0];
         counters.rewalks_total++;
         counters.rewalked_tokens_total += n;
         record({ 0, ubatch.pos[0], n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), 0, uint32_t(occasion::prompt_end), 0,
@@ -1092,10 +1105,13 @@ void memory::set_side_input(const memory_context & mctx, const relevance::branch
     ggml_backend_tensor_set(branch.query_rows, query_rows.data(), 0, ggml_nbytes(branch.query_rows));
     if (branch.mask) {
         std::vector<float> mask(branch.n_scored*ring_pos.size(), -INFINITY);
+        for (size_t r = 0; r < ring_pos.size(); ++r) {
+            mask[r*branch.n_scored + rows[0]] = 0; // a query that is gone, or sees nothing, sees the first token: a row must not be empty
+        }
         for (uint32_t i = 0; i < n_tokens(); ++i) {
             const llama_pos pos = first().rule->pos(i);
             for (size_t r = 0; r < ring_pos.size(); ++r) {
-                if (pos <= ring_pos[r] || ring_pos[r] < 0) {
+                if (pos <= ring_pos[r]) {
                     mask[r*branch.n_scored + rows[i]] = 0;
                 }
             }
@@ -1508,7 +1524,11 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
 //
 
 void memory::forget(uint32_t begin, uint32_t end) {
-    scores_pending = false; // they belong to cells that may change hands
+    scores_pending = false; // they belong to rows that may change hands
+    output_pending = false;
+    for (llama_pos & pos : ring_pos) { // queries of what goes, or of what would have seen it
+        pos = pos >= first().rule->pos(begin) ? -1 : pos;
+    }
     for (group & g : groups) {
         for (uint32_t i = begin; i < end; ++i) {
             const place & p = g.places[i];
@@ -1538,7 +1558,6 @@ void memory::forget(uint32_t begin, uint32_t end) {
     exts.erase(exts.begin() + begin, exts.begin() + end);
     if (scorer) {
         for (uint32_t i = end; i-- > begin; ) {
-            token_of_row[rows[i]] = -1;
             free_rows.push_back(rows[i]);
         }
         rows.erase(rows.begin() + begin, rows.begin() + end);
@@ -1693,6 +1712,9 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
             }
             llama_seq_id id;
             io.read(&id, sizeof(id));
+            if (seq_id < 0 && id != 0) {
+                corrupt("it holds a sequence other than 0");
+            }
             order.emplace_back(pos, i);
         }
         std::sort(order.begin(), order.end());
@@ -1742,13 +1764,14 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
             forget(0, n_tokens());
             keep_store = false;
         }
+        next_occasion = occasion::step;
+        trigger.clear();
         for (const auto & [pos, from] : order) {
             exts.emplace_back();
             exts.back().tok = LLAMA_TOKEN_NULL; // a state does not say
             if (scorer) {
                 rows.push_back(free_rows.back());
                 free_rows.pop_back();
-                token_of_row[rows.back()] = int32_t(rows.size() - 1);
             }
             for (size_t ig = 0; ig < groups.size(); ++ig) {
                 group & g = groups[ig];

@@ -153,7 +153,7 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
                 "raise kv_pool, lower window or n_batch, or unpin positions", params.pool_cells, (unsigned long long) n_protected, n_new));
     }
     // cells for the history; the slack lets the next steps pass without a decision
-    const uint64_t room     = std::max(n_new, std::min(params.interval, uint32_t(params.pool_cells - n_protected)));
+    const uint64_t room     = n_new == 0 ? 0 : std::max(n_new, std::min(params.interval, uint32_t(params.pool_cells - n_protected)));
     const uint32_t capacity = uint32_t(params.pool_cells - n_protected - room);
 
     result.decided = true;

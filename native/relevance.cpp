@@ -53,7 +53,12 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
             }
         }
         size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
-        if (!no_alloc) {
+        if (no_alloc) { // an empty buffer keeps a scheduler from placing them itself, as llama_kv_cache does
+            buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(contexts.back().get()); t; t = ggml_get_next_tensor(contexts.back().get(), t)) {
+                t->buffer = buffers.back().get();
+            }
+        } else {
             buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
             if (!buffers.back()) {
                 throw error(ASRKF_INTERNAL, format("no %zu bytes for the index on %s: lower kv_pool, or use recall=off", size, ggml_backend_buft_name(buft)));

@@ -78,6 +78,7 @@ def main() -> int:
     row("context, tokens", lambda _, s: s.tokens)
     row("pool, cells", lambda _, s: s.pool_cells)
     row("device KV, MiB", lambda _, s: f"{s.device_kv_bytes / MIB:.1f}")
+    row("device index, MiB", lambda _, s: f"{s.device_index_bytes / MIB:.1f}")
     row("host KV, MiB", lambda _, s: f"{s.host_kv_bytes / MIB:.1f}")
     row("prefill, tok/s", lambda r, _: f"{r['prefill']:.0f}")
     row("decode, tok/s", lambda r, _: f"{r['decode']:.1f}")

@@ -22,7 +22,7 @@ PACKAGE = Path(asrkf_gguf.__file__).parent
 SERVER = PACKAGE / "bin" / "ggml-rpc-server"
 # what bytes on another device can break; the rest is policy, the same on any device
 SUITE = (
-    "(device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_are_whole "
+    "(device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_hold "
     "or host_limit or pool_that_holds_everything) and not direct"  # direct moves need host memory: refused there
 )
 

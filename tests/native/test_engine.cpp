@@ -359,6 +359,28 @@ TEST(rewalk, "the end of a long prompt is computed again in its cells; given up 
     llama_free(plain);
 }
 
+TEST(rewalk_with_holes, "where positions have holes, the end of a prompt is what lies in the window") {
+    llama_context * ctx = make_context("asrkf,pool=512,window=128");
+    for (int i = 0; i < 8; ++i) {
+        CHECK(decode(ctx, std::vector<llama_token>(200, i)) == 0);
+    }
+    const uint64_t before = stats_of(ctx).rewalks_total;
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx), 0, 1500, -1) && llama_memory_seq_rm(llama_get_memory(ctx), 0, 1000, 1490));
+    CHECK(decode(ctx, std::vector<llama_token>(20, 9)) == 0);
+    const asrkf_stats s = stats_of(ctx);
+    CHECK(s.tokens == 1030 && s.rewalks_total == before + 1 && s.rewalked_tokens_total == before*48 + 30);
+    std::vector<int32_t> pos(s.tokens);
+    std::vector<uint8_t> state(s.tokens);
+    size_t n = 0;
+    CHECK(asrkf_get_tokens(ctx, 0, pos.data(), state.data(), pos.size(), &n) == ASRKF_OK && n == 1030);
+    CHECK(uint32_t(std::count(state.begin(), state.end(), uint8_t(ASRKF_TOKEN_FROZEN))) == group_of(ctx, 0).frozen_cells);
+    std::vector<uint8_t> row(group_of(ctx, 0).token_bytes);
+    for (const int32_t p : pos) {
+        CHECK(asrkf_get_rows(ctx, 0, p, row.data(), row.size()) == ASRKF_OK); // no token is nowhere
+    }
+    llama_free(ctx);
+}
+
 TEST(open_ended_pins, "an open end is what is there to pin, and everything to unpin") {
     llama_context * ctx = make_context("asrkf,pool=512");
     CHECK(decode(ctx, std::vector<llama_token>(50, 3)) == 0);
