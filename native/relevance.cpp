@@ -115,8 +115,10 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
 
     const int64_t n = b.n_scored;
     index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
-    ring  = ggml_view_3d(ctx, ring, l.head, n_queries, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0);
-    ggml_tensor * kq = ggml_mul_mat(ctx, index, ring); // [n, n_queries, n_head]
+    // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
+    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_queries, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));
+    ring  = ggml_reshape_3d(ctx, ring, l.head, n_queries*(l.n_head/l.n_head_kv), l.n_head_kv);
+    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_queries, l.n_head);
     if (kind == SCORE_MAGNITUDE) {
         kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
     } else {
