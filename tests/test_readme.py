@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -16,6 +18,22 @@ def test_the_table_of_results_is_made_from_the_committed_rows():
     table = README.split("<!-- results: scripts/bench table -->")[1].split("<!-- end of results -->")[0].strip()
     made = subprocess.run([sys.executable, str(ROOT / "scripts/bench"), "table"], capture_output=True, text=True, check=True).stdout.strip()
     assert table == made
+
+
+def test_the_tables_of_quality_are_made_from_the_committed_rows():
+    table = README.split("<!-- quality: scripts/bench quality-table -->")[1].split("<!-- end of quality -->")[0].strip()
+    made = subprocess.run([sys.executable, str(ROOT / "scripts/bench"), "quality-table"], capture_output=True, text=True, check=True).stdout.strip()
+    assert table == made
+
+
+@pytest.mark.parametrize("name", ["quality.csv", "needles.csv"])
+def test_every_row_of_quality_names_commit_machine_model_command_and_config(name):
+    with (ROOT / "results" / name).open() as file:
+        rows = list(csv.DictReader(file))
+    assert rows
+    for row in rows:
+        assert all(row[key] for key in ("commit", "machine", "model", "command", "config", "side", "device_bytes")), row
+        assert "+changes" not in row["commit"] and "/" not in row["config"]
 
 
 def test_every_row_names_commit_machine_model_command_and_config():
