@@ -466,7 +466,9 @@ std::string fingerprint(const llama_model & model) {
     const std::string shape = format("%s %u %u", model.arch_name().c_str(), model.hparams.n_layer_all, model.hparams.n_embd);
     add(shape.data(), shape.size());
     std::vector<uint8_t> bytes;
-    for (const auto & [name, tensor] : model.tensors_by_name) {
+    // by name and once each: their order, and a second copy of tied embeddings, depend on the devices
+    const std::map<std::string, ggml_tensor *> tensors(model.tensors_by_name.begin(), model.tensors_by_name.end());
+    for (const auto & [name, tensor] : tensors) {
         add(name.data(), name.size());
         add(&tensor->type, sizeof(tensor->type));
         if (name.find("_norm.weight") != std::string::npos && tensor->buffer) {
