@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from . import _native  # before llama_cpp: it decides which libllama is loaded
 from .config import FreezeConfig
+from .divergence import kl_divergence, log_softmax
 from .llama import Llama
 from .models import cache_folder, resolve_model
 from .texts import FILLER, NEEDLE_TASKS, PASSKEY_PREFACE, Needle, is_found, load_texts, make_needles
@@ -173,17 +174,6 @@ def require_frozen(side: Side, length: int, stats: dict[str, Any]) -> None:
 
 
 # arithmetic
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def kl_divergence(reference: np.ndarray, other: np.ndarray) -> float:
-    """KL(reference || other) in nats, from log probabilities; what the reference excludes adds nothing."""
-    probable = reference > -np.inf
-    return float(np.sum(np.exp(reference[probable]) * (reference[probable] - other[probable])))
-
 
 def standard_error(values: np.ndarray) -> float:
     """Of the mean; positions are taken as independent."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import pydoc_data.topics
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from . import _native
+from .divergence import kl_divergence, log_softmax
 from .models import resolve_model, side_files
+from .texts import topics
 
 import llama_cpp  # isort: skip  # after _native, which decides which libllama it loads
 
@@ -68,10 +69,7 @@ class Runner:
                 context.decode(batch)
                 if begin >= skip_tokens:
                     logits = np.ctypeslib.as_array(context.get_logits(), shape=(len(step), n_vocab))
-                    top = logits.max(axis=1, keepdims=True)
-                    rows[begin - skip_tokens : begin - skip_tokens + len(step)] = (
-                        logits - top - np.log(np.exp(logits - top).sum(axis=1, keepdims=True, dtype=np.float64))
-                    )
+                    rows[begin - skip_tokens : begin - skip_tokens + len(step)] = [log_softmax(row) for row in logits]
             return rows
         finally:
             batch.close()
@@ -80,8 +78,7 @@ class Runner:
 
 def mean_divergence(reference: np.ndarray, other: np.ndarray) -> float:
     """Mean KL(reference || other) in nats over positions; both are log probabilities [positions, vocabulary]."""
-    total = sum(float(np.dot(np.exp(p), p - q)) for p, q in zip(reference.astype(np.float64), other.astype(np.float64), strict=True))
-    return total / len(reference)
+    return float(np.mean([kl_divergence(p.astype(np.float64), q.astype(np.float64)) for p, q in zip(reference, other, strict=True)]))
 
 
 def without_rounding(measured: list[float]) -> list[float]:
@@ -134,10 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     path = resolve_model(arguments.model)
-    if arguments.text:
-        text = Path(arguments.text).read_text(encoding="utf-8", errors="replace")
-    else:
-        text = "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+    text = Path(arguments.text).read_text(encoding="utf-8", errors="replace") if arguments.text else topics()
     content = calibrate(path, text, arguments.tokens, arguments.threads, arguments.n_gpu_layers)
     written = None
     for target in [Path(arguments.out)] if arguments.out else side_files(path):

@@ -23,7 +23,7 @@ class FreezeConfig:
     policy: str = "asrkf"
     """"full" (upstream's cache), "asrkf", "paper", or a control: "window", "random", "flag-all"."""
     pool: Optional[PoolSize] = None
-    """Size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K and V ("512MiB"). `Llama(kv_pool=...)` sets it."""
+    """Size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index ("512MiB"). `Llama(kv_pool=...)` sets it."""
     layers: Optional[str] = None
     """"shared": one set of active tokens; "two" or "each": layer groups, with budgets by sensitivity; or groups with a pool
     each, "0-8@512/9-29@1024"."""
@@ -38,14 +38,15 @@ class FreezeConfig:
     score: Optional[str] = None
     """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency" or "none"."""
     score_layers: Optional[str] = None
-    """Layers that score their group, "0-3+7"; "auto": 4 evenly spaced in each group."""
+    """Layers that score, "0-3+7"; "auto": 8 of the model with layers="each", else 4 of each group; the most sensitive, or
+    evenly spaced without a calibration."""
     score_queries: Optional[int] = None
-    """Newest queries that score, also those of earlier steps."""
+    """Queries that score: of the newest steps, and from all over a long one."""
     index: Optional[str] = None
     """Type of the scoring layers' K rows that stay on the device for all tokens: "auto" (q4_0 where it divides the head),
     "f16", "q8_0", "q4_0"."""
     ema: Optional[float] = None
-    """Weight of the old score at each decision (0..1)."""
+    """Weight of the old score after an interval (0..1)."""
     hysteresis: Optional[float] = None
     """An active token's score counts this much more (0.2: a fifth)."""
     recall: Optional[str] = None

@@ -33,7 +33,7 @@ class Llama(llama_cpp.Llama):
 
     kv_policy: None (what LLAMA_KV_POLICY says, else upstream's cache), "full" (upstream's cache), a preset ("asrkf",
         "paper", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
-    kv_pool: cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx (0.25), or bytes of K and V on the
+    kv_pool: cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx (0.25), or bytes of K, V and index on the
         device ("512MiB", rounded down: a bound).
 
     Raises ValueError, with the number that would work, if model, pool or policy do not fit together; KVError when a

@@ -45,7 +45,7 @@ def topics() -> str:
     """Python's language reference, part of every CPython. Policies were calibrated on it, so it is no default here."""
     import pydoc_data.topics
 
-    return re.sub(r"\n{3,}", "\n\n", "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items())))
+    return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
 def default_text(name: str) -> str:

@@ -90,6 +90,18 @@ std::vector<group_budget> split_two(const std::vector<layer_budget> & layers, ui
     return best.groups;
 }
 
+std::vector<uint32_t> choose_scoring_layers(std::vector<layer_budget> layers, size_t n, bool measured) {
+    n = std::min(n, layers.size());
+    if (measured) {
+        std::stable_sort(layers.begin(), layers.end(), [](const layer_budget & a, const layer_budget & b) { return a.sensitivity > b.sensitivity; });
+    }
+    std::vector<uint32_t> chosen;
+    for (size_t i = 0; i < n; ++i) {
+        chosen.push_back(layers[measured ? i : (2*i + 1)*layers.size() / (2*n)].il);
+    }
+    return chosen;
+}
+
 double prior_sensitivity(double depth_ratio) { return depth_ratio > 0.2 && depth_ratio < 0.8 ? 2.0 : 1.0; }
 
 } // namespace asrkf

@@ -253,7 +253,7 @@ private:
     void     make_groups(const std::vector<layer_budget> & layers);
     uint32_t  n_index_layers(size_t n_layers) const;
     ggml_type index_type() const;
-    std::vector<scoring_layer> choose_scoring_layers(const std::vector<uint32_t> & layers, bool offload) const;
+    std::vector<scoring_layer> make_scoring_layers(const std::vector<layer_budget> & layers, bool offload) const;
     std::optional<llama_ubatch> rewalk_of(const std::vector<llama_ubatch> & ubatches) const;
     occasion read_entropy();
     void     check_host_limit(uint32_t n_new) const;
@@ -284,7 +284,6 @@ private:
     const bool          one_ranking;              // layers=each: budgets differ, the order does not
     const uint32_t      n_ctx;
     const uint32_t      n_ubatch;
-    std::vector<double> sensitivities;            // by layer, for those with a KV cache
     const bool          no_alloc;
 
     llama_context *                lctx = nullptr; // learnt at the first update, which every decode begins with
@@ -521,10 +520,6 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
             layer_budgets[i].sensitivity = prior_sensitivity(layers.size() > 1 ? double(i) / double(layers.size() - 1) : 0);
         }
     }
-    sensitivities.assign(n_layer, 0);
-    for (const layer_budget & l : layer_budgets) {
-        sensitivities[l.il] = l.sensitivity;
-    }
     group_of_layer.assign(n_layer, 0);
     make_groups(layer_budgets);
 
@@ -555,7 +550,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
                 policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
     }
 
-    const auto scoring = first().rule->params.wants_scores() ? choose_scoring_layers(layers, cparams.offload_kqv) : std::vector<scoring_layer>();
+    const auto scoring = first().rule->params.wants_scores() ? make_scoring_layers(layer_budgets, cparams.offload_kqv) : std::vector<scoring_layer>();
     // a scoring layer adds up to 100 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
     const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
     if (100*scoring.size() > n_spare) {
@@ -664,7 +659,7 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
     }
 }
 
-// How many layers score: 4 of each group, or 8 for the one ranking that layers=each has.
+// At most so many layers will score; asked before the groups are made.
 uint32_t memory::n_index_layers(size_t n_layers) const {
     if (std::strcmp(config.score_layers, "auto") != 0) {
         uint32_t n = 0;
@@ -673,34 +668,31 @@ uint32_t memory::n_index_layers(size_t n_layers) const {
         }
         return n;
     }
-    return uint32_t(std::min<size_t>(n_layers, std::strcmp(config.layers, "shared") == 0 ? 4 : 8));
+    const size_t n = one_ranking ? SCORING_LAYERS_OF_ALL : std::strcmp(config.layers, "shared") == 0 ? SCORING_LAYERS_OF_A_GROUP : 2*SCORING_LAYERS_OF_A_GROUP;
+    return uint32_t(std::min(n_layers, n));
 }
 
-std::vector<scoring_layer> memory::choose_scoring_layers(const std::vector<uint32_t> & layers, bool offload) const {
+std::vector<scoring_layer> memory::make_scoring_layers(const std::vector<layer_budget> & layers, bool offload) const {
     const auto & hparams = model.hparams;
     std::vector<uint32_t> chosen;
-    // the most sensitive layers see best what matters; without a calibration, evenly spaced ones
-    const auto choose = [&](std::vector<uint32_t> from, size_t n) {
-        n = std::min(n, from.size());
-        std::stable_sort(from.begin(), from.end(), [&](uint32_t a, uint32_t b) { return *config.calibration && sensitivities[a] > sensitivities[b]; });
-        for (size_t i = 0; i < n; ++i) {
-            chosen.push_back(*config.calibration ? from[i] : from[(2*i + 1)*from.size() / (2*n)]);
-        }
-    };
+    const bool measured = *config.calibration;
     if (std::strcmp(config.score_layers, "auto") != 0) {
         for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
             for (int32_t il = from; il <= to; ++il) {
-                if (!std::count(layers.begin(), layers.end(), uint32_t(il))) {
+                if (std::none_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == uint32_t(il); })) {
                     throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: the model has %zu layers with a KV cache, and %d is none of them", config.score_layers, layers.size(), il));
                 }
                 chosen.push_back(uint32_t(il));
             }
         }
     } else if (one_ranking) {
-        choose(layers, 8);
+        chosen = choose_scoring_layers(layers, SCORING_LAYERS_OF_ALL, measured);
     } else {
-        for (const group & g : groups) {
-            choose(g.layers, 4);
+        for (uint32_t ig = 0; ig < groups.size(); ++ig) {
+            std::vector<layer_budget> own;
+            std::copy_if(layers.begin(), layers.end(), std::back_inserter(own), [&](const layer_budget & l) { return group_of_layer[l.il] == ig; });
+            const auto some = choose_scoring_layers(own, SCORING_LAYERS_OF_A_GROUP, measured);
+            chosen.insert(chosen.end(), some.begin(), some.end());
         }
     }
     std::sort(chosen.begin(), chosen.end());

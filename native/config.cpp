@@ -44,17 +44,17 @@ const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
 #define AT(member) offsetof(asrkf_config, member)
 // The table. The Python dataclass and the README are checked against it.
 const field table[] = {
-    { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K and V (512MiB); required" },
+    { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index (512MiB); required" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
     { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities; without it a prior by depth" },
     { "sinks", INTEGER, AT(sinks), "", 0, 4096, "first positions that are never frozen" },
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
     { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), or a control" },
-    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score their group, \"0-3+7\"; \"auto\": 4 evenly spaced in each group" },
-    { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "newest queries that score, also those of earlier steps" },
+    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score, \"0-3+7\"; \"auto\": 8 of the model with layers=each, else 4 of each group; the most sensitive, or evenly spaced without a calibration" },
+    { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "queries that score: of the newest steps, and from all over a long one" },
     { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16" },
-    { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score at each decision" },
+    { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score after an interval" },
     { "hysteresis", REAL, AT(hysteresis), "", 0, 10, "an active token's score counts this much more (0.2: a fifth)" },
     { "recall", CHOICE, AT(recall), "off|exact", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them" },
     { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },

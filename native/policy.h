@@ -9,7 +9,7 @@
 //   a share of the history's cells goes to the blocks that the newest queries ask for, the rest to the best averages.
 //   Where scores of frozen tokens are not known (recall off), a frozen token's timer runs floor(sqrt(c)/k) decisions, at
 //   least one, c being how often it was frozen; then it may come back into a small share of the pool, stay a few
-//   decisions, and is judged on fresh scores. With recall the same timers only break the rest: see timer_share.
+//   decisions, and is judged on fresh scores.
 // - threshold (paper and the control flag-all; arXiv 2512.11221): at every check, flag what scores below tau, c += 1,
 //   freeze for floor(sqrt(c)/k) checks, then judge anew. The pool is still a hard bound: what does not fit is frozen,
 //   lowest score first. When c is reset is not published: here it never is while the token lives.

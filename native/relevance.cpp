@@ -61,7 +61,7 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         } else {
             buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
             if (!buffers.back()) {
-                throw error(ASRKF_INTERNAL, format("no %zu bytes for the index on %s: lower kv_pool, or use recall=off", size, ggml_backend_buft_name(buft)));
+                throw error(ASRKF_INTERNAL, format("no %zu bytes for the index on %s: lower kv_pool, or name fewer score_layers", size, ggml_backend_buft_name(buft)));
             }
             ggml_backend_buffer_clear(buffers.back().get(), 0); // no NaN from a row that was never written
             size = ggml_backend_buffer_get_size(buffers.back().get());

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import pydoc_data.topics
 import sys
 import time
 from pathlib import Path
 
 from asrkf_gguf import KVStats, Llama, resolve_model
 from asrkf_gguf.cli import pool_size, prompt_progress
+from asrkf_gguf.texts import topics
 
 MIB = 1 << 20
 N_CTX = 8192
@@ -50,7 +50,7 @@ def main() -> int:
     arguments = parser.parse_args()
 
     model = str(resolve_model(arguments.model))
-    text = arguments.text.read_text() if arguments.text else "\n\n".join(body for _, body in sorted(pydoc_data.topics.topics.items()))
+    text = arguments.text.read_text() if arguments.text else topics()
     vocabulary = Llama(model, n_ctx=256, verbose=False)
     about = vocabulary.tokenize(text[:60000].encode(), add_bos=False)[:5900]
     head, tail = "", f"\n\nQuestion: {arguments.question}\nAnswer:"

@@ -27,9 +27,10 @@ PYTHON = {
     "stats": {"_native", "config"},
     "models": {"_native"},
     "texts": {"models"},
+    "divergence": set(),
     "llama": {"_native", "config", "models", "stats"},
-    "calibrate": {"_native", "models"},
-    "bench": {"_native", "config", "llama", "models", "texts"},
+    "calibrate": {"_native", "divergence", "models", "texts"},
+    "bench": {"_native", "config", "divergence", "llama", "models", "texts"},
     "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "stats"},
     "__init__": {"_native", "config", "llama", "models", "stats"},
 }

@@ -55,7 +55,7 @@ struct asrkf_config {
     int32_t  policy;           /* enum asrkf_policy */
     uint32_t pool_cells;       /* exactly one of the three is not 0: cells, */
     float    pool_ratio;       /*   part of n_ctx (0..1], */
-    uint64_t pool_bytes;       /*   bytes of K and V together */
+    uint64_t pool_bytes;       /*   bytes of K, V and index together */
     uint32_t sinks;
     uint32_t window;           /* 0: half of the group's pool */
     uint32_t interval;
