@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -35,6 +37,9 @@ class Llama(llama_cpp.Llama):
         "paper", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
     kv_pool: cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx (0.25), or bytes of K, V and index on the
         device ("512MiB", rounded down: a bound).
+    kv_regenerate: with recovery=full, how many of the newest tokens a full reset in the middle of an answer takes back and
+        samples anew, now that what was frozen is there (the paper's rewalk regeneration). So many are held back from the
+        caller. None: 8 for answers that are returned whole, 0 where the caller sees tokens as they come (stream, generate()).
 
     Raises ValueError, with the number that would work, if model, pool or policy do not fit together; KVError when a
     running cache refuses a step (host_limit reached, context full). The object then still holds all it had decoded.
@@ -46,10 +51,18 @@ class Llama(llama_cpp.Llama):
         *,
         kv_policy: Union[str, FreezeConfig, None] = None,
         kv_pool: Optional[PoolSize] = None,
+        kv_regenerate: Optional[int] = None,
         flash_attn: bool = True,
         **kwargs: Any,
     ) -> None:
         self._stack = contextlib.ExitStack()  # close() wants one, also if we refuse before llama_cpp makes its own
+        if kv_regenerate is not None and kv_regenerate < 0:
+            raise ValueError(f"kv_regenerate={kv_regenerate}: 0 (never) or more tokens")
+        self._kv_regenerate = kv_regenerate
+        self._answers_whole = False
+        self._sampled_before: list[int] = []
+        self.kv_regenerations = 0
+        """Times that sampled tokens were taken back (kv_regenerate)."""
         if kv_policy is None:
             if kv_pool is not None:
                 raise ValueError(f'kv_pool={kv_pool!r} needs a kv_policy: pass kv_policy="asrkf"')
@@ -83,7 +96,7 @@ class Llama(llama_cpp.Llama):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle is made from again: llama_cpp.Llama's arguments and ours."""
         flash_attn = self.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return {**super().__getstate__(), "flash_attn": flash_attn, "kv_policy": self._kv_policy}
+        return {**super().__getstate__(), "flash_attn": flash_attn, "kv_policy": self._kv_policy, "kv_regenerate": self._kv_regenerate}
 
     # decoding
 
@@ -110,6 +123,57 @@ class Llama(llama_cpp.Llama):
         finally:
             if freezes:
                 _native.lib.asrkf_prompt_follows(self._pointer, False)
+
+    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        self._answers_whole = not inspect.signature(super()._create_completion).bind(*args, **kwargs).arguments.get("stream", False)
+        return super()._create_completion(*args, **kwargs)
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
+        """Sample tokens after a prompt (llama_cpp.Llama.generate); see kv_regenerate."""
+        whole, self._answers_whole = self._answers_whole, False
+        n_held = (8 if whole else 0) if self._kv_regenerate is None else self._kv_regenerate
+        config = self.kv_config() if n_held else None
+        if config is None or config.recovery != "full" or self.draft_model is not None:
+            return (yield from super().generate(tokens, *args, **kwargs))
+        call = inspect.signature(super().generate).bind(tokens, *args, **kwargs).arguments
+        before = self.input_ids[: self.n_tokens].tolist() if not call.get("reset", True) else []
+        given, held, seed = [*before, *tokens], deque[int](), self._seed
+        n_prompt, n_free = len(given), len(given)  # no second time before so many are given: there must be an end
+        answer = super().generate(**call)
+        try:
+            while True:
+                n_resets = self.kv_stats().recoveries_total["full"]
+                token = next(answer, None)
+                if held and len(given) >= n_free and self.kv_stats().recoveries_total["full"] > n_resets:
+                    answer.close()
+                    held.clear()
+                    self.kv_regenerations += 1
+                    n_free = len(given) + n_held
+                    self._sampled_before = given[n_prompt:]
+                    self.set_seed((seed + self.kv_regenerations) % (1 << 32))  # the same draws would mostly say the same
+                    answer = super().generate(**{**call, "tokens": list(given), "reset": True})
+                    continue
+                if token is not None:
+                    held.append(token)
+                is_end = token is None or llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                while len(held) > (0 if is_end else n_held):
+                    given.append(held.popleft())
+                    yield given[-1]
+                if token is None:
+                    return
+        finally:
+            answer.close()
+            self._sampled_before = []
+            self.set_seed(seed)
+            if self.n_tokens > len(given):  # what the caller never saw
+                self.n_tokens = len(given)
+                self._requires_eval = True
+
+    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        sampler = super()._init_sampler(*args, **kwargs)
+        for token in self._sampled_before:  # grammar and penalties stand where the answer stands
+            sampler.accept(token)
+        return sampler
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Save the state: the whole sequence in llama.cpp's format, frozen or not; KVError with the reason if it cannot be."""
