@@ -1,9 +1,14 @@
-"""`asrkf calibrate`: how much each layer's history matters, measured once per model (method.md 2.10's sensitivity).
+"""`asrkf calibrate`: how much each layer's history matters, and which layers score best; measured once per model.
 
-For every layer with a KV cache: the KL divergence of the model's output when only that layer's history is frozen to a
-fifth and all other layers keep everything, over a calibration text. Any change of the order of cells makes some
-divergence by rounding; the least sensitive layer shows how much, and that is taken off. The engine splits the pool's cells among layer
-groups by these numbers (native/budgets.h); the side file is JSON and names the model by a fingerprint.
+Sensitivity (method.md 2.10): for every layer with a KV cache, the KL divergence of the model's output when only that layer's
+history is frozen to a fifth and all other layers keep everything, over a calibration text. Any change of the order of cells
+makes some divergence by rounding; the least sensitive layer shows how much, and that is taken off. The engine splits the
+pool's cells among layer groups by these numbers (native/budgets.h).
+
+Scoring layers: with those budgets and a third of the tokens active, the divergence with one scoring layer in each quarter
+of the depth. Beginning with the engine's default, one quarter after the other takes its best layer.
+
+The side file is JSON and names the model by a fingerprint.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Optional
@@ -27,6 +33,8 @@ import llama_cpp  # isort: skip  # after _native, which decides which libllama i
 
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool
+SCORER_TOKENS = 2048  # read to compare scoring layers: fewer leave budgets of one or two LEAST_CELLS
+SCORER_DEPTHS = (0.2, 0.45, 0.7, 0.95)  # where the search begins: default_scoring_layers() in native/budgets.cpp
 
 
 def fingerprint(model: Any) -> str:
@@ -48,7 +56,6 @@ class Runner:
             str(path), n_ctx=n_tokens, n_batch=STEP_TOKENS, n_ubatch=STEP_TOKENS, n_gpu_layers=n_gpu_layers,
             n_threads=threads, n_threads_batch=threads, flash_attn=True, verbose=False,
         )  # fmt: skip
-        self.n_tokens = n_tokens
 
     @staticmethod
     def _policy(text: str) -> None:
@@ -73,7 +80,8 @@ class Runner:
             return rows
         finally:
             batch.close()
-            context.close()
+            with llama_cpp._utils.suppress_stdout_stderr(disable=False):  # what upstream says of its buffers breaks the bar
+                context.close()
 
 
 def mean_divergence(reference: np.ndarray, other: np.ndarray) -> float:
@@ -87,35 +95,74 @@ def without_rounding(measured: list[float]) -> list[float]:
     return [max(value - floor, 1e-9) for value in measured]
 
 
-def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
-    """Measure every layer; returns the side file's content. ValueError if the text is shorter than n_tokens (>= 1280)."""
-    if n_tokens < 5 * LEAST_CELLS or n_tokens % LEAST_CELLS:
-        raise ValueError(f"tokens={n_tokens}: a multiple of {LEAST_CELLS}, at least {5 * LEAST_CELLS}")
-    runner = Runner(path, n_tokens, threads, n_gpu_layers)
-    tokens = runner.llm.tokenize(text[: 16 * n_tokens].encode())[:n_tokens]
+def cut(tokens: list[int], n_tokens: int) -> tuple[list[int], int]:
+    """The first tokens, and how many of them to skip: before that almost everything is active."""
     if len(tokens) < n_tokens:
         raise ValueError(f"the calibration text has {len(tokens)} tokens, {n_tokens} are needed: give a longer --text")
-    skip = n_tokens * 2 // 5 // STEP_TOKENS * STEP_TOKENS  # before that the layer under test holds almost everything
-    layers = range(int(llama_cpp.llama_model_n_layer(runner.llm._model.model)))
+    return tokens[:n_tokens], n_tokens * 2 // 5 // STEP_TOKENS * STEP_TOKENS
+
+
+def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, n_layers: int) -> list[float]:
+    """Divergence, in nats, with a fifth of the tokens active in one layer; by layer."""
+    tokens, skip = cut(text, n_tokens)
     cells = max(LEAST_CELLS, n_tokens // 5 // LEAST_CELLS * LEAST_CELLS)
-    began = time.perf_counter()
     reference = runner.log_probabilities("full", tokens, skip)
     measured = []
-    for layer in tqdm(layers, desc="calibrating", unit="layer", file=sys.stderr):
-        others = "+".join(f"{a}-{b}" for a, b in ((0, layer - 1), (layer + 1, len(layers) - 1)) if a <= b)
+    for layer in tqdm(range(n_layers), desc="sensitivities", unit="layer", file=sys.stderr):
+        others = "+".join(f"{a}-{b}" for a, b in ((0, layer - 1), (layer + 1, n_layers - 1)) if a <= b)
         policy = f"asrkf,layers={layer}@{cells}/{others}@{n_tokens},score_layers={layer},rewalk_tokens=0"
         measured.append(mean_divergence(reference, runner.log_probabilities(policy, tokens, skip)))
-    content = {
+    return measured
+
+
+def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, Any], n_layers: int) -> tuple[list[int], list[dict[str, Any]]]:
+    """The layers, and every set that was tried with its divergence in nats."""
+    tokens, skip = cut(text, SCORER_TOKENS)
+    chosen = sorted({int(depth * (n_layers - 1) + 0.5) for depth in SCORER_DEPTHS})
+    tried: dict[tuple[int, ...], float] = {}
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=n_layers + 1 - len(chosen), desc="scoring layers", unit="set", file=sys.stderr) as bar:
+        budgets = Path(folder) / "budgets.json"
+        budgets.write_text(json.dumps({**content, "score_layers": chosen}))
+        reference = runner.log_probabilities("full", tokens, skip)
+
+        def loss(layers: list[int]) -> float:
+            key = tuple(sorted(layers))
+            if key not in tried:
+                policy = f"asrkf,pool={SCORER_TOKENS * 3 // 8},calibration={budgets},score_layers={'+'.join(map(str, key))},rewalk_tokens=0"
+                tried[key] = mean_divergence(reference, runner.log_probabilities(policy, tokens, skip))
+                bar.update()
+            return tried[key]
+
+        n = len(chosen)
+        for i in range(n):
+            quarter = range(i * n_layers // n, (i + 1) * n_layers // n)
+            chosen = min(([*chosen[:i], layer, *chosen[i + 1 :]] for layer in quarter), key=loss)
+    return sorted(chosen), [{"layers": list(layers), "kl": kl} for layers, kl in tried.items()]
+
+
+def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
+    """Measure every layer; returns the side file's content. ValueError if the text is too short, or n_tokens < 1280."""
+    if n_tokens < 5 * LEAST_CELLS or n_tokens % LEAST_CELLS:
+        raise ValueError(f"tokens={n_tokens}: a multiple of {LEAST_CELLS}, at least {5 * LEAST_CELLS}")
+    n_most = max(n_tokens, SCORER_TOKENS)
+    runner = Runner(path, n_most, threads, n_gpu_layers)
+    tokens = runner.llm.tokenize(text[: 16 * n_most].encode())
+    cut(tokens, n_most)  # before the minutes that the first half takes
+    n_layers = int(llama_cpp.llama_model_n_layer(runner.llm._model.model))
+    began = time.perf_counter()
+    measured = measure_sensitivities(runner, tokens, n_tokens, n_layers)
+    content: dict[str, Any] = {
         "format": "asrkf-calibration",
-        "version": 1,
+        "version": 2,
         "model": fingerprint(runner.llm._model.model),
         "model_file": path.name,
         "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),
         "measured": measured,
-        "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
-        "seconds": round(time.perf_counter() - began, 1),
+        "unit": f"KL in nats with a fifth of {n_tokens} tokens active in one layer",
     }
+    content["score_layers"], content["score_layers_tried"] = choose_scoring_layers(runner, tokens, content, n_layers)
+    content["seconds"] = round(time.perf_counter() - began, 1)
     runner.llm.close()
     return content
 
@@ -123,7 +170,7 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
     parser.add_argument("--text", help="a text file; default: the standard library's pydoc_data.topics")
-    parser.add_argument("--tokens", type=int, default=1280, help="tokens of it (default 1280)")
+    parser.add_argument("--tokens", type=int, default=1280, help="tokens of it for the sensitivities (default 1280)")
     parser.add_argument("--out", help="the side file (default: beside the model if that can be written, else in the cache folder)")
     parser.add_argument("-t", "--threads", type=int, default=None)
     parser.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
@@ -146,6 +193,6 @@ def main(arguments: argparse.Namespace) -> int:
     if written is None:
         return 1
     ranked = sorted(range(len(content["sensitivities"])), key=lambda i: -content["sensitivities"][i])
-    print(f"most sensitive layers: {', '.join(str(i) for i in ranked[:8])}")
+    print(f"most sensitive layers: {', '.join(str(i) for i in ranked[:8])}; scoring: {', '.join(map(str, content['score_layers']))}")
     print(f"{written} written in {content['seconds']} s; Llama finds it there, programs take calibration={written} in LLAMA_KV_POLICY")
     return 0

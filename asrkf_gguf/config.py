@@ -38,19 +38,19 @@ class FreezeConfig:
     score: Optional[str] = None
     """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency" or "none"."""
     score_layers: Optional[str] = None
-    """Layers that score, "0-3+7"; "auto": 8 of the model with layers="each", else 4 of each group; the most sensitive, or
-    evenly spaced without a calibration."""
+    """Layers that score for all groups, "0-3+7"; "auto": the calibration's, or four by depth without one."""
     score_queries: Optional[int] = None
     """Queries that score: of the newest steps, and from all over a long one."""
     index: Optional[str] = None
-    """Type of the scoring layers' K rows that stay on the device for all tokens: "auto" (q4_0 where it divides the head),
-    "f16", "q8_0", "q4_0"."""
+    """Type of the scoring layers' K rows that stay on the device for all tokens: "auto" (q4_0 where it divides the head, f16
+    for recall="mean_key"), "f16", "q8_0", "q4_0"."""
     ema: Optional[float] = None
     """Weight of the old score after an interval (0..1)."""
     hysteresis: Optional[float] = None
     """An active token's score counts this much more (0.2: a fifth)."""
     recall: Optional[str] = None
-    """"exact": frozen tokens have fresh scores, and come back when a live query asks for them; "off"."""
+    """Frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key ("exact") or by
+    the mean key of 16 tokens ("mean_key": a quarter of the index, less exact); "off"."""
     recall_share: Optional[float] = None
     """Part of the history's cells for the blocks of 16 that the newest queries score best."""
     recall_limit: Optional[int] = None

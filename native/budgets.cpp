@@ -90,14 +90,13 @@ std::vector<group_budget> split_two(const std::vector<layer_budget> & layers, ui
     return best.groups;
 }
 
-std::vector<uint32_t> choose_scoring_layers(std::vector<layer_budget> layers, size_t n, bool measured) {
-    n = std::min(n, layers.size());
-    if (measured) {
-        std::stable_sort(layers.begin(), layers.end(), [](const layer_budget & a, const layer_budget & b) { return a.sensitivity > b.sensitivity; });
-    }
+std::vector<uint32_t> default_scoring_layers(const std::vector<layer_budget> & layers) {
     std::vector<uint32_t> chosen;
-    for (size_t i = 0; i < n; ++i) {
-        chosen.push_back(layers[measured ? i : (2*i + 1)*layers.size() / (2*n)].il);
+    for (const double depth_ratio : { 0.2, 0.45, 0.7, 0.95 }) {
+        const uint32_t il = layers[size_t(depth_ratio*double(layers.size() - 1) + 0.5)].il;
+        if (chosen.empty() || chosen.back() != il) {
+            chosen.push_back(il);
+        }
     }
     return chosen;
 }

@@ -34,12 +34,9 @@ std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, u
 // Two groups: the most sensitive layers, as many as predict the least loss, and the others; one if that predicts less.
 std::vector<group_budget> split_two (const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx);
 
-// Who scores: so many layers of each group, or of the model where one ranking serves all groups (layers=each).
-constexpr size_t SCORING_LAYERS_OF_A_GROUP = 4;
-constexpr size_t SCORING_LAYERS_OF_ALL     = 8;
-
-// n of these layers: the most sensitive, which see best what matters; evenly spaced ones where that was not measured.
-std::vector<uint32_t> choose_scoring_layers(std::vector<layer_budget> layers, size_t n, bool measured);
+// Who scores where that was not measured: four of these layers, by relative depth. Measured on SmolLM2, where three sets of
+// four that were spaced otherwise lost up to twice as much.
+std::vector<uint32_t> default_scoring_layers(const std::vector<layer_budget> & layers);
 
 // Sensitivity by relative depth (0: first layer, 1: last) for a model without a calibration: a rough shape of what was
 // measured on SmolLM2, where layers at 0.2 to 0.8 of the depth lose most.

@@ -156,7 +156,8 @@ public:
 
     memory &             mem;
     uint32_t             n_scored = 0; // index rows that this step's graph scores, 0: none
-    std::vector<int64_t> rows;         // index rows of the step's tokens
+    uint32_t             first_token = 0; // of this step, and how many
+    uint32_t             n_step_tokens = 0;
     std::vector<int32_t> queries;      // which of them score, and from which row of the ring on they are kept
     uint32_t             ring_begin = 0;
 
@@ -169,14 +170,15 @@ private:
 // The relevance branch of one graph.
 class side_input final : public llm_graph_input_i {
 public:
-    side_input(const memory_context * mctx, relevance::branch branch) : mctx(mctx), branch(std::move(branch)) {}
+    side_input(const memory_context * mctx, uint32_t n_tokens, relevance::branch branch) : mctx(mctx), n_tokens(n_tokens), branch(std::move(branch)) {}
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override {
         mctx = static_cast<const memory_context *>(params.mctx);
-        return mctx->n_scored == branch.n_scored && branch.rows->ne[0] == params.ubatch.n_tokens;
+        return mctx->n_scored == branch.n_scored && n_tokens == params.ubatch.n_tokens;
     }
 
     const memory_context * mctx;
+    const uint32_t         n_tokens;
     relevance::branch      branch;
 };
 
@@ -251,9 +253,11 @@ private:
     bool     is_pinned(llama_pos pos) const;
     void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
     void     make_groups(const std::vector<layer_budget> & layers);
-    uint32_t  n_index_layers(size_t n_layers) const;
     ggml_type index_type() const;
-    std::vector<scoring_layer> make_scoring_layers(const std::vector<layer_budget> & layers, bool offload) const;
+    uint32_t  index_tokens_per_row() const;
+    uint32_t  n_index_rows() const;
+    std::vector<uint32_t>      choose_scoring_layers(const std::vector<layer_budget> & layers, const std::vector<uint32_t> & measured) const;
+    std::vector<scoring_layer> make_scoring_layers(bool offload) const;
     std::optional<llama_ubatch> rewalk_of(const std::vector<llama_ubatch> & ubatches) const;
     occasion read_entropy();
     void     check_host_limit(uint32_t n_new) const;
@@ -281,7 +285,6 @@ private:
     void refuse(const std::exception & e);
 
     const llama_model & model;
-    const bool          one_ranking;              // layers=each: budgets differ, the order does not
     const uint32_t      n_ctx;
     const uint32_t      n_ubatch;
     const bool          no_alloc;
@@ -291,14 +294,13 @@ private:
     ranges                         pinned;
 
     // scores
-    std::vector<uint32_t>     rows;                     // by token: its row in the index
-    std::vector<uint32_t>     free_rows;                // the last is taken first
+    std::unique_ptr<index_rows> rows;                   // null without a scorer
     std::vector<llama_pos>    ring_pos;                 // of the queries that are kept, -1: none yet
     uint32_t                  ring_next      = 0;
     side_input *              side           = nullptr; // of the graph that is being built
     const relevance::branch * scoring_branch = nullptr; // of the graph that runs
-    std::vector<uint32_t>     scored_groups;            // that have scoring layers, in the order of scores_buffer
-    ggml_backend_buffer_ptr   scores_buffer;            // [scored_groups, then the peaks][n_scores], read back from the last scoring step:
+    std::vector<uint32_t>     scoring_layers;           // one ranking serves all groups
+    ggml_backend_buffer_ptr   scores_buffer;            // means, then peaks, [n_scores] each, read back from the last scoring step:
     uint32_t                  n_scores       = 0;       // pinned where the device offers it, and never moved: it may still be written
     bool                      scores_pending = false;
 
@@ -480,7 +482,7 @@ std::string fingerprint(const llama_model & model) {
 }
 
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
-    : config(config), model(model), one_ranking(std::strcmp(config.layers, "each") == 0), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)),
+    : config(config), model(model), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)),
       trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed) {
     const auto & hparams = model.hparams;
     const uint32_t n_layer = hparams.n_layer_all;
@@ -502,6 +504,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     if (layers.empty()) {
         unsupported("the model has no layer with a KV cache; use kv_policy=\"full\"");
     }
+    std::vector<uint32_t> measured_scorers;
     if (*config.calibration) {
         const calibration found = read_calibration(config.calibration);
         const std::string own = no_alloc ? found.fingerprint : fingerprint(model); // a trial without memory has no weights to name
@@ -515,10 +518,14 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
         for (size_t i = 0; i < layers.size(); ++i) {
             layer_budgets[i].sensitivity = found.sensitivities[i];
         }
+        measured_scorers = found.score_layers;
     } else {
         for (size_t i = 0; i < layers.size(); ++i) {
             layer_budgets[i].sensitivity = prior_sensitivity(layers.size() > 1 ? double(i) / double(layers.size() - 1) : 0);
         }
+    }
+    if (make_policy_params(config, 1).wants_scores()) {
+        scoring_layers = choose_scoring_layers(layer_budgets, measured_scorers);
     }
     group_of_layer.assign(n_layer, 0);
     make_groups(layer_budgets);
@@ -550,34 +557,34 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
                 policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
     }
 
-    const auto scoring = first().rule->params.wants_scores() ? make_scoring_layers(layer_budgets, cparams.offload_kqv) : std::vector<scoring_layer>();
     // a scoring layer adds up to 100 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
     const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
-    if (100*scoring.size() > n_spare) {
+    if (100*scoring_layers.size() > n_spare) {
         throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers,
-                scoring.size(), n_spare/100));
+                scoring_layers.size(), n_spare/100));
     }
-    if (!scoring.empty()) {
-        for (const scoring_layer & l : scoring) {
-            if (!std::count(scored_groups.begin(), scored_groups.end(), l.group)) {
-                scored_groups.push_back(l.group);
-            }
-        }
-        scorer = std::make_unique<relevance>(scoring, n_ctx, config.score_queries, index_type(), score_kind(config.score),
+    if (!scoring_layers.empty()) {
+        const uint32_t tokens_per_row = index_tokens_per_row(), n_rows = n_index_rows();
+        rows   = std::make_unique<index_rows>(n_rows, tokens_per_row);
+        scorer = std::make_unique<relevance>(make_scoring_layers(cparams.offload_kqv), n_rows, tokens_per_row, config.score_queries, index_type(), score_kind(config.score),
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
-        for (uint32_t row = n_ctx; row-- > 0; ) {
-            free_rows.push_back(row);
-        }
         ring_pos.assign(config.score_queries, -1);
-        scores_buffer.reset(ggml_backend_buft_alloc_buffer(scores_buft, (scored_groups.size() + 1)*n_ctx*sizeof(float)));
+        scores_buffer.reset(ggml_backend_buft_alloc_buffer(scores_buft, 2*n_rows*sizeof(float)));
         if (!scores_buffer) {
             throw error(ASRKF_INTERNAL, "no host memory for the scores");
         }
     }
 }
 
-// Rounding an index row costs rank, not content: the smallest type that divides a head.
+uint32_t memory::index_tokens_per_row() const { return recall_kind(config.recall) == RECALL_MEAN_KEY ? RECALL_BLOCK : 1; }
+uint32_t memory::n_index_rows() const { return (n_ctx + index_tokens_per_row() - 1) / index_tokens_per_row(); }
+
+// Rounding an index row costs rank, not content: the smallest type that divides a head. A mean is written many times, and
+// would gather the rounding: F16.
 ggml_type memory::index_type() const {
+    if (index_tokens_per_row() > 1) {
+        return GGML_TYPE_F16;
+    }
     switch (index_kind(config.index)) {
         case INDEX_F16:  return GGML_TYPE_F16;
         case INDEX_Q8_0: return GGML_TYPE_Q8_0;
@@ -626,11 +633,11 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
         }
     } else {
         asrkf_config whole = config;
-        if (config.pool_bytes && make_policy_params(config, 1).wants_scores()) { // the index is part of the bound
+        if (config.pool_bytes && !scoring_layers.empty()) { // the index is part of the bound
             const auto & hparams = model.hparams;
-            const uint64_t layer_bytes = n_ctx*ggml_row_size(index_type(), hparams.n_embd_k_gqa(layers[0].il)) // and the ring, and alignment
+            const uint64_t layer_bytes = (n_index_rows() + 1)*ggml_row_size(index_type(), hparams.n_embd_k_gqa(layers[0].il)) // and the ring, and alignment
                 + config.score_queries*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
-            const uint64_t index_bytes = n_index_layers(layers.size())*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
+            const uint64_t index_bytes = scoring_layers.size()*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
             if (config.pool_bytes < least_bytes) {
                 throw error(ASRKF_INVALID_ARGUMENT, format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
                     (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));
@@ -659,48 +666,35 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
     }
 }
 
-// At most so many layers will score; asked before the groups are made.
-uint32_t memory::n_index_layers(size_t n_layers) const {
+// As asked for, as measured, or by depth. All groups share one ranking, so these serve them all.
+std::vector<uint32_t> memory::choose_scoring_layers(const std::vector<layer_budget> & layers, const std::vector<uint32_t> & measured) const {
+    std::vector<uint32_t> chosen = measured.empty() ? default_scoring_layers(layers) : measured;
+    const char * source = "calibration", * text = config.calibration;
     if (std::strcmp(config.score_layers, "auto") != 0) {
-        uint32_t n = 0;
-        for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
-            n += uint32_t(to - from + 1);
-        }
-        return n;
-    }
-    const size_t n = one_ranking ? SCORING_LAYERS_OF_ALL : std::strcmp(config.layers, "shared") == 0 ? SCORING_LAYERS_OF_A_GROUP : 2*SCORING_LAYERS_OF_A_GROUP;
-    return uint32_t(std::min(n_layers, n));
-}
-
-std::vector<scoring_layer> memory::make_scoring_layers(const std::vector<layer_budget> & layers, bool offload) const {
-    const auto & hparams = model.hparams;
-    std::vector<uint32_t> chosen;
-    const bool measured = *config.calibration;
-    if (std::strcmp(config.score_layers, "auto") != 0) {
-        for (const auto & [from, to] : parse_layers("score_layers", config.score_layers)) {
+        source = "score_layers", text = config.score_layers;
+        chosen.clear();
+        for (const auto & [from, to] : parse_layers(source, text)) {
             for (int32_t il = from; il <= to; ++il) {
-                if (std::none_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == uint32_t(il); })) {
-                    throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: the model has %zu layers with a KV cache, and %d is none of them", config.score_layers, layers.size(), il));
-                }
                 chosen.push_back(uint32_t(il));
             }
         }
-    } else if (one_ranking) {
-        chosen = choose_scoring_layers(layers, SCORING_LAYERS_OF_ALL, measured);
-    } else {
-        for (uint32_t ig = 0; ig < groups.size(); ++ig) {
-            std::vector<layer_budget> own;
-            std::copy_if(layers.begin(), layers.end(), std::back_inserter(own), [&](const layer_budget & l) { return group_of_layer[l.il] == ig; });
-            const auto some = choose_scoring_layers(own, SCORING_LAYERS_OF_A_GROUP, measured);
-            chosen.insert(chosen.end(), some.begin(), some.end());
+    }
+    for (const uint32_t il : chosen) {
+        if (std::none_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; })) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("%s=%s: the model has %zu layers with a KV cache, and %u is none of them", source, text, layers.size(), il));
         }
     }
     std::sort(chosen.begin(), chosen.end());
     chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
+    return chosen;
+}
+
+std::vector<scoring_layer> memory::make_scoring_layers(bool offload) const {
+    const auto & hparams = model.hparams;
     std::vector<scoring_layer> result;
-    for (const uint32_t il : chosen) {
+    for (const uint32_t il : scoring_layers) {
         ggml_backend_dev_t dev = offload ? model.dev_layer(int(il)) : nullptr;
-        result.push_back({ il, group_of_layer[il], int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
+        result.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
             dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type() });
     }
     return result;
@@ -964,9 +958,8 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             llama_kv_cell_ext ext;
             ext.tok = ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL;
             exts.push_back(ext);
-            if (scorer) {
-                rows.push_back(free_rows.back());
-                free_rows.pop_back();
+            if (rows) {
+                rows->append();
             }
         }
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
@@ -1055,7 +1048,8 @@ void memory::point_at_rows(memory_context & mctx, uint32_t n, bool scoring) {
     if (!scorer) {
         return;
     }
-    mctx.rows.assign(rows.end() - n, rows.end());
+    mctx.first_token   = n_tokens() - n;
+    mctx.n_step_tokens = n;
     // a long step is judged by queries from all over it, not by its end; the end of a prompt by its last ones
     mctx.queries.clear();
     const uint32_t n_queries = std::min(n, scorer->queries());
@@ -1067,8 +1061,7 @@ void memory::point_at_rows(memory_context & mctx, uint32_t n, bool scoring) {
     ring_next = (ring_next + n_queries) % uint32_t(ring_pos.size());
     mctx.n_scored = 0;
     if (scoring) {
-        const uint32_t n_rows = *std::max_element(rows.begin(), rows.end()) + 1;
-        mctx.n_scored = std::min(scorer->rows(), (n_rows + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+        mctx.n_scored = std::min(scorer->rows(), (rows->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
     }
 }
 
@@ -1082,13 +1075,13 @@ void memory::build_side_branch(const memory_context & mctx, llm_graph_result & r
         return;
     }
     if (found == layers.begin()) { // a new graph
-        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored))));
+        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, uint32_t(k_cur->ne[2]), scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored))));
     }
     scorer->build(res.get_ctx(), gf, side->branch, size_t(found - layers.begin()), q, k_cur, kq_scale);
 }
 
 void memory::set_side_input(const memory_context & mctx, const relevance::branch & branch) {
-    ggml_backend_tensor_set(branch.rows, mctx.rows.data(), 0, ggml_nbytes(branch.rows));
+    scorer->set_written(branch, *rows, mctx.first_token, mctx.n_step_tokens);
     std::vector<int64_t> query_rows;
     for (size_t i = 0; i < mctx.queries.size(); ++i) {
         query_rows.push_back(int64_t((mctx.ring_begin + i) % ring_pos.size()));
@@ -1097,21 +1090,11 @@ void memory::set_side_input(const memory_context & mctx, const relevance::branch
         ggml_backend_tensor_set(branch.queries, mctx.queries.data(), 0, ggml_nbytes(branch.queries));
     }
     ggml_backend_tensor_set(branch.query_rows, query_rows.data(), 0, ggml_nbytes(branch.query_rows));
-    if (branch.mask) {
-        std::vector<float> mask(branch.n_scored*ring_pos.size(), -INFINITY);
-        for (size_t r = 0; r < ring_pos.size(); ++r) {
-            mask[r*branch.n_scored + rows[0]] = 0; // a query that is gone, or sees nothing, sees the first token: a row must not be empty
-        }
-        for (uint32_t i = 0; i < n_tokens(); ++i) {
-            const llama_pos pos = first().rule->pos(i);
-            for (size_t r = 0; r < ring_pos.size(); ++r) {
-                if (pos <= ring_pos[r]) {
-                    mask[r*branch.n_scored + rows[i]] = 0;
-                }
-            }
-        }
-        ggml_backend_tensor_set(branch.mask, mask.data(), 0, ggml_nbytes(branch.mask));
+    std::vector<llama_pos> token_pos;
+    for (uint32_t i = 0; branch.mask && i < n_tokens(); ++i) {
+        token_pos.push_back(first().rule->pos(i));
     }
+    scorer->set_mask(branch, *rows, token_pos, ring_pos);
     scoring_branch = &branch;
 }
 
@@ -1120,9 +1103,9 @@ void memory::read_scores(llama_context & ctx, const memory_context & mctx) {
     ggml_backend_sched_t sched = ctx.get_sched();
     auto * out = static_cast<float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
     n_scores = mctx.n_scored;
-    for (size_t i = 0; i <= scored_groups.size(); ++i) {
-        ggml_tensor * scores = i < scored_groups.size() ? scoring_branch->means[scored_groups[i]] : scoring_branch->peak;
-        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out + i*n_scores, 0, n_scores*sizeof(float));
+    for (ggml_tensor * scores : { scoring_branch->mean, scoring_branch->peak }) {
+        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, n_scores*sizeof(float));
+        out += n_scores;
     }
     scores_pending = true;
 }
@@ -1135,26 +1118,15 @@ void memory::fold_scores_in() {
     stopwatch watch(counters.scoring_seconds);
     scores_pending = false;
     synchronize();
-    auto * scores = static_cast<float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
-    const float * peaks = scores + scored_groups.size()*n_scores;
-    std::vector<float> common; // the mean over all scoring layers: for groups without one of their own, or for all
-    if (one_ranking || scored_groups.size() < groups.size()) {
-        common.assign(n_scores, 0);
-        for (size_t i = 0; i < scored_groups.size(); ++i) {
-            const auto & layers = scorer->layers();
-            const auto n = std::count_if(layers.begin(), layers.end(), [&](const scoring_layer & l) { return l.group == scored_groups[i]; });
-            for (size_t row = 0; row < n_scores; ++row) {
-                common[row] += scores[i*n_scores + row]*float(n) / float(layers.size());
-            }
-        }
-    }
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        const auto own = std::find(scored_groups.begin(), scored_groups.end(), uint32_t(ig));
-        const float * means = own == scored_groups.end() || one_ranking ? common.data() : scores + size_t(own - scored_groups.begin())*n_scores;
-        const float keep = groups[ig].rule->average_weight();
+    const auto * means = static_cast<const float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
+    const float * peaks = means + n_scores;
+    for (group & g : groups) {
+        const float keep = g.rule->average_weight();
         for (uint32_t i = 0; i < n_tokens(); ++i) {
-            if (rows[i] < n_scores) { // a token of this very call may be newer
-                groups[ig].rule->observe(i, means[rows[i]], peaks[rows[i]], keep);
+            const uint32_t row = (*rows)[i];
+            if (row < n_scores) { // a token of this very call may be newer
+                const float share = 1.0f / float(rows->tokens_of(row));
+                g.rule->observe(i, means[row]*share, peaks[row]*share, keep);
             }
         }
     }
@@ -1550,11 +1522,8 @@ void memory::forget(uint32_t begin, uint32_t end) {
         }
     }
     exts.erase(exts.begin() + begin, exts.begin() + end);
-    if (scorer) {
-        for (uint32_t i = end; i-- > begin; ) {
-            free_rows.push_back(rows[i]);
-        }
-        rows.erase(rows.begin() + begin, rows.begin() + end);
+    if (rows) {
+        rows->erase(begin, end);
     }
 }
 
@@ -1763,9 +1732,8 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
         for (const auto & [pos, from] : order) {
             exts.emplace_back();
             exts.back().tok = LLAMA_TOKEN_NULL; // a state does not say
-            if (scorer) {
-                rows.push_back(free_rows.back());
-                free_rows.pop_back();
+            if (rows) {
+                rows->append();
             }
             for (size_t ig = 0; ig < groups.size(); ++ig) {
                 group & g = groups[ig];
@@ -1834,10 +1802,10 @@ void memory::index_from_host() {
     const ggml_type type = index_type();
     const auto parts = row_parts();
     for (size_t s = 0; s < scorer->layers().size(); ++s) {
-        const ggml_tensor * k = groups[scorer->layers()[s].group].cache->k_of(scorer->layers()[s].il);
+        const ggml_tensor * k = groups[group_of_layer[scoring_layers[s]]].cache->k_of(scoring_layers[s]);
         const row_part & part = *std::find_if(parts.begin(), parts.end(), [&](const row_part & p) { return p.tensor == k; });
         std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0]));
-        std::vector<float>   values(size_t(k->ne[0]));
+        std::vector<float>   values(size_t(k->ne[0])), sum(size_t(k->ne[0]), 0);
         for (uint32_t i = 0; i < n_tokens(); ++i) {
             const uint8_t * stored = part.g->store->data(uint32_t(part.g->places[i].slot)) + part.offset;
             if (k->type == GGML_TYPE_F32) {
@@ -1845,8 +1813,15 @@ void memory::index_from_host() {
             } else {
                 ggml_get_type_traits(k->type)->to_float(stored, values.data(), k->ne[0]);
             }
-            ggml_quantize_chunk(type, values.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
-            scorer->set_row(s, rows[i], indexed.data());
+            const uint32_t row = (*rows)[i];
+            for (size_t d = 0; d < sum.size(); ++d) {
+                sum[d] += values[d] / float(rows->tokens_of(row));
+            }
+            if (i + 1 == n_tokens() || (*rows)[i + 1] != row) {
+                ggml_quantize_chunk(type, sum.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
+                scorer->set_row(s, row, indexed.data());
+                std::fill(sum.begin(), sum.end(), 0.0f);
+            }
         }
     }
 }

@@ -2,8 +2,10 @@
 
 #include <nlohmann/json.hpp>
 
+#include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <functional>
 
 namespace asrkf {
 
@@ -14,14 +16,18 @@ calibration read_calibration(const std::string & path) {
     }
     try {
         const auto json = nlohmann::json::parse(file);
-        if (json.at("format") != "asrkf-calibration" || json.at("version") != 1) {
+        if (json.at("format") != "asrkf-calibration" || json.at("version") != 2) {
             throw error(ASRKF_INVALID_ARGUMENT, "format or version is another one");
         }
-        calibration result = { json.at("model").get<std::string>(), json.at("sensitivities").get<std::vector<double>>() };
+        calibration result = { json.at("model").get<std::string>(), json.at("sensitivities").get<std::vector<double>>(),
+            json.at("score_layers").get<std::vector<uint32_t>>() };
         for (const double s : result.sensitivities) {
             if (!std::isfinite(s) || s <= 0) {
                 throw error(ASRKF_INVALID_ARGUMENT, "a sensitivity is not positive");
             }
+        }
+        if (result.score_layers.empty() || std::adjacent_find(result.score_layers.begin(), result.score_layers.end(), std::greater_equal<>()) != result.score_layers.end()) {
+            throw error(ASRKF_INVALID_ARGUMENT, "score_layers does not ascend");
         }
         return result;
     } catch (const std::exception & e) {

@@ -51,12 +51,12 @@ const field table[] = {
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
     { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), or a control" },
-    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score, \"0-3+7\"; \"auto\": 8 of the model with layers=each, else 4 of each group; the most sensitive, or evenly spaced without a calibration" },
+    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score for all groups, \"0-3+7\"; \"auto\": the calibration's, or four by depth without one" },
     { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "queries that score: of the newest steps, and from all over a long one" },
-    { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16" },
+    { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16; f16 for mean_key" },
     { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score after an interval" },
     { "hysteresis", REAL, AT(hysteresis), "", 0, 10, "an active token's score counts this much more (0.2: a fifth)" },
-    { "recall", CHOICE, AT(recall), "off|exact", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them" },
+    { "recall", CHOICE, AT(recall), "off|exact|mean_key", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key, or by the mean key of 16 tokens (an eighth of the index)" },
     { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },
     { "recall_limit", INTEGER, AT(recall_limit), "", 1, 1 << 20, "most restores by recall, for each token that is decoded" },
     { "rewalk_tokens", INTEGER, AT(rewalk_tokens), "", 0, 512, "last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none" },
@@ -299,7 +299,7 @@ asrkf_config config_default(int32_t policy) {
     c.window        = 0;
     c.interval      = 8;
     c.score         = SCORE_ATTENTION;
-    c.score_queries = 8;
+    c.score_queries = 4;
     c.ema           = 0.7f;
     c.hysteresis    = 0.2f;
     c.recall        = RECALL_EXACT;
@@ -449,6 +449,9 @@ void config_check(const asrkf_config & config) {
     const int n_sizes = (config.pool_cells != 0) + (config.pool_ratio != 0) + (config.pool_bytes != 0);
     if (n_sizes > 1 || !(config.pool_ratio >= 0 && config.pool_ratio <= 1)) {
         invalid("set exactly one of pool_cells, pool_ratio (0..1] and pool_bytes");
+    }
+    if (config.recall == RECALL_MEAN_KEY && config.index != INDEX_AUTO && config.index != INDEX_F16) {
+        invalid("recall=mean_key with a quantised index: a mean is rounded with every token that it takes up; use index=f16 or auto");
     }
     if (has_groups && n_sizes > 0) {
         invalid("layers with pools of their own (\"0-8@512/9-29@1024\") leave no use for pool: drop one of the two");

@@ -3,6 +3,7 @@
 #include "ggml-alloc.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace asrkf {
 
@@ -30,9 +31,37 @@ ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
 
 } // namespace
 
-relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t n_queries, ggml_type type, score_kind kind,
-        float soft_cap, bool no_alloc)
-    : specs(layers), n_rows(n_rows), n_queries(n_queries), kind(kind), soft_cap(soft_cap), states(layers.size()) {
+index_rows::index_rows(uint32_t n_rows, uint32_t tokens_per_row) : tokens_per_row(tokens_per_row), counts(n_rows, 0) {
+    for (uint32_t row = n_rows; row-- > 0; ) {
+        free_rows.push_back(row);
+    }
+}
+
+void index_rows::append() {
+    const bool in_block = !rows.empty() && (counts[rows.back()] < tokens_per_row || free_rows.empty());
+    if (!in_block) {
+        rows.push_back(free_rows.back());
+        free_rows.pop_back();
+    } else {
+        rows.push_back(rows.back());
+    }
+    counts[rows.back()]++;
+}
+
+void index_rows::erase(uint32_t begin, uint32_t end) {
+    for (uint32_t i = end; i-- > begin; ) {
+        if (--counts[rows[i]] == 0) {
+            free_rows.push_back(rows[i]);
+        }
+    }
+    rows.erase(rows.begin() + begin, rows.begin() + end);
+}
+
+uint32_t index_rows::n_used() const { return rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end()) + 1; }
+
+relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_queries, ggml_type type,
+        score_kind kind, float soft_cap, bool no_alloc)
+    : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_queries(n_queries), kind(kind), soft_cap(soft_cap), states(layers.size()) {
     std::vector<ggml_backend_buffer_type_t> bufts;
     for (const scoring_layer & l : specs) {
         if (l.head % ggml_blck_size(type) != 0) {
@@ -48,7 +77,7 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         contexts.emplace_back(ggml_init(params));
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
-                states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows);
+                states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
                 states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_queries);
             }
         }
@@ -79,11 +108,19 @@ void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
 relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored) const {
     branch b;
     b.n_scored   = n_scored;
-    b.rows       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens);
+    b.rows       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_written(n_tokens));
     b.query_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, std::min(n_tokens, n_queries));
     if (n_tokens > n_queries) {
         b.queries = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_queries);
         ggml_set_input(b.queries);
+    }
+    if (is_mean()) {
+        b.read_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_written(n_tokens));
+        b.keep      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_written(n_tokens));
+        b.weights   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_tokens, n_written(n_tokens));
+        ggml_set_input(b.read_rows);
+        ggml_set_input(b.keep);
+        ggml_set_input(b.weights);
     }
     ggml_set_input(b.rows);
     ggml_set_input(b.query_rows);
@@ -92,6 +129,57 @@ relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, u
         ggml_set_input(b.mask);
     }
     return b;
+}
+
+// A mean of c tokens, m of them written by this step, is (1 - m/c) of what it was and 1/c of each: exact for tokens that come
+// in order. What is written again (rewalk), or follows a cut within a block, leaves the old keys a share.
+void relevance::set_written(const branch & b, const index_rows & index, uint32_t begin, uint32_t n) const {
+    std::vector<int64_t> written;
+    if (!is_mean()) {
+        for (uint32_t i = begin; i < begin + n; ++i) {
+            written.push_back(index[i]);
+        }
+        ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
+        return;
+    }
+    const uint32_t n_most = n_written(n);
+    std::vector<float> keep(n_most, 0), weights(size_t(n)*n_most, 0);
+    for (uint32_t i = begin; i < begin + n; ++i) {
+        if (written.empty() || written.back() != index[i]) {
+            if (written.size() == n_most) {
+                break; // after cuts within blocks a rewalk may meet more of them: those keep their means
+            }
+            keep[written.size()] = 1;
+            written.push_back(index[i]);
+        }
+        const float share = 1.0f / float(index.tokens_of(index[i]));
+        keep[written.size() - 1] -= share;
+        weights[(written.size() - 1)*n + i - begin] = share;
+    }
+    written.resize(n_most, n_rows);
+    const std::vector<int32_t> read(written.begin(), written.end());
+    ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
+    ggml_backend_tensor_set(b.read_rows, read.data(), 0, ggml_nbytes(b.read_rows));
+    ggml_backend_tensor_set(b.keep, keep.data(), 0, ggml_nbytes(b.keep));
+    ggml_backend_tensor_set(b.weights, weights.data(), 0, ggml_nbytes(b.weights));
+}
+
+void relevance::set_mask(const branch & b, const index_rows & index, const std::vector<int32_t> & token_pos, const std::vector<int32_t> & query_pos) const {
+    if (!b.mask) {
+        return;
+    }
+    std::vector<float> mask(size_t(b.n_scored)*n_queries, 0);
+    for (uint32_t q = 0; q < n_queries; ++q) {
+        float * seen = mask.data() + size_t(q)*b.n_scored;
+        for (uint32_t i = 0; i < index.n_tokens() && token_pos[i] <= query_pos[q]; ++i) { // positions ascend
+            seen[index[i]] += 1;
+        }
+        for (uint32_t row = 0; row < b.n_scored; ++row) {
+            seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
+        }
+        seen[index[0]] = std::max(seen[index[0]], 0.0f); // a query that is gone sees the first token: a row must not be empty
+    }
+    ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
 }
 
 void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
@@ -103,6 +191,10 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     q = rows_of(q);
     if (b.queries) {
         q = ggml_get_rows(ctx, q, b.queries);
+    }
+    if (is_mean()) {
+        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, b.read_rows), b.keep);
+        k = ggml_add(ctx, kept, ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights));
     }
     ggml_tensor * index = ggml_set_rows(ctx, states[i].index, k, b.rows);
     ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
@@ -134,23 +226,14 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     ggml_tensor * peak  = fold(ctx, heads, true);
 
     // expanded here, so that a layer's branch runs beside its attention and its memory is free again
-    const auto count = [&](uint32_t group) {
-        return std::count_if(specs.begin(), specs.end(), [&](const scoring_layer & s) { return s.group == group; });
-    };
-    b.means.resize(std::max<size_t>(b.means.size(), l.group + 1));
-    mean = ggml_scale(ctx, mean, 1.0f / float(n_queries*l.n_head*count(l.group)));
-    peak = ggml_scale(ctx, peak, 1.0f / float(n_queries));
-    ggml_tensor *& sum = b.means[l.group];
-    sum    = sum ? ggml_add(ctx, sum, mean) : mean;
+    mean   = ggml_scale(ctx, mean, 1.0f / float(n_queries*l.n_head*int64_t(specs.size())));
+    peak   = ggml_scale(ctx, peak, 1.0f / float(n_queries));
+    b.mean = b.mean ? ggml_add(ctx, b.mean, mean) : mean;
     b.peak = b.peak ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, b.peak, peak)), peak) : peak;
-    ggml_build_forward_expand(gf, sum);
+    ggml_build_forward_expand(gf, b.mean);
     ggml_build_forward_expand(gf, b.peak);
     if (b.n_built == specs.size()) {
-        for (ggml_tensor * t : b.means) {
-            if (t) {
-                ggml_set_output(t);
-            }
-        }
+        ggml_set_output(b.mean);
         ggml_set_output(b.peak);
     }
 }

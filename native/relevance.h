@@ -1,10 +1,13 @@
 // Relevance: which tokens the newest queries attend to, computed in the model's own graph from ggml ops, so that every
 // backend has it. Knows ggml only.
 //
-// Scoring layers keep two things on the device beside the pool: an index, the K row of every token of the sequence,
-// frozen or not, in a small type; and a ring of queries. Each step writes its rows; a scoring step adds the
-// attention of the ring over the whole index. So frozen tokens have fresh and exact scores (but for the index type's
-// rounding), and the queries of all steps since the last decision count, at the price of reading K once.
+// Scoring layers keep two things on the device beside the pool: an index of the whole sequence, frozen or not, and a
+// ring of queries. Each step writes its rows; a scoring step adds the attention of the ring over the whole index. So
+// frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
+// the index once. The index holds
+// - exact: the K row of every token in a small type;
+// - mean_key: one row for a block of tokens, the mean of their K rows, in F16. Its attention is the block's: a logit
+//   counts as often as the block has tokens.
 #pragma once
 
 #include "config.h"
@@ -20,19 +23,40 @@ namespace asrkf {
 
 struct scoring_layer {
     uint32_t                   il;
-    uint32_t                   group;
     int64_t                    head; // elements of one head's key
     int64_t                    n_head;
     int64_t                    n_head_kv;
     ggml_backend_buffer_type_t buft; // where the layer's cache is
 };
 
+// Which row of the index each token has. Tokens are numbered as in the policy; one that goes gives its place back. Where
+// many short ranges went, no row may be free: then the newest row takes more tokens than the others.
+class index_rows {
+public:
+    index_rows(uint32_t n_rows, uint32_t tokens_per_row);
+
+    void     append();
+    void     erase(uint32_t begin, uint32_t end);
+    uint32_t operator[](uint32_t token) const { return rows[token]; }
+    uint32_t n_tokens() const { return uint32_t(rows.size()); }
+    uint32_t tokens_of(uint32_t row) const { return counts[row]; }
+    uint32_t n_used() const; // rows from 0 on that hold all tokens
+
+    const uint32_t tokens_per_row;
+
+private:
+    std::vector<uint32_t> rows;      // by token
+    std::vector<uint32_t> counts;    // by row: its tokens
+    std::vector<uint32_t> free_rows; // the last is taken first
+};
+
 class relevance {
 public:
     // soft_cap: of the attention logits, 0 for none. no_alloc: sizes only. Throws error(ASRKF_UNSUPPORTED) if the type
-    // does not divide a head, error(ASRKF_INTERNAL) without memory.
-    relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t n_queries, ggml_type type, score_kind kind,
-            float soft_cap, bool no_alloc);
+    // does not divide a head, error(ASRKF_INTERNAL) without memory. With more
+    // than one token a row, rows are means of keys.
+    relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_queries, ggml_type type,
+            score_kind kind, float soft_cap, bool no_alloc);
 
     const std::vector<scoring_layer> & layers() const { return specs; }
     size_t   device_bytes() const { return n_bytes; }
@@ -43,15 +67,22 @@ public:
     // One graph's inputs and outputs.
     struct branch {
         uint32_t      n_scored   = 0;        // rows that are scored, 0 in a graph that only writes
-        ggml_tensor * rows       = nullptr;  // I64 [n_tokens]: index row of each token
+        ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
+        ggml_tensor * read_rows  = nullptr;  // I32 [n_written]: the same rows, where a row is a mean
+        ggml_tensor * keep       = nullptr;  // F32 [1, n_written]: part of a mean that stays
+        ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
         ggml_tensor * queries    = nullptr;  // I32 [n_queries]: tokens of this step whose queries are kept; null: all
         ggml_tensor * query_rows = nullptr;  // I64 [min(n_tokens, n_queries)]: their rows in the ring
-        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_queries]: 0 or -inf
-        std::vector<ggml_tensor *> means;    // by group, F32 [n_scored]: averaged over queries, heads and the group's scoring layers; may be null
+        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_queries]: log of the tokens that the row stands for
+        ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
         ggml_tensor * peak       = nullptr;  // F32 [n_scored]: averaged over queries, highest of all heads of all scoring layers
         uint32_t      n_built    = 0;
     };
     branch new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored) const;
+    // What the branch writes for tokens begin to begin + n (rows, read_rows, keep, weights), and what it masks: of each
+    // query in the ring the position, -1 for none, over tokens at the given positions.
+    void set_written(const branch & b, const index_rows & index, uint32_t begin, uint32_t n) const;
+    void set_mask   (const branch & b, const index_rows & index, const std::vector<int32_t> & token_pos, const std::vector<int32_t> & query_pos) const;
 
     // Add scoring layer i: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache sees
     // them. Layers in order; the last one completes the outputs.
@@ -62,8 +93,13 @@ public:
 private:
     struct state { ggml_tensor * index; ggml_tensor * ring; };
 
+    bool is_mean() const { return tokens_per_row > 1; }
+    // A step may begin and end within a block.
+    uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
+
     const std::vector<scoring_layer>     specs;
     const uint32_t                       n_rows;
+    const uint32_t                       tokens_per_row;
     const uint32_t                       n_queries;
     const score_kind                     kind;
     const float                          soft_cap;

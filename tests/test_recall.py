@@ -22,13 +22,16 @@ def test_the_index_is_small_constant_and_part_of_a_bound_in_bytes(load, smollm2,
     llm.eval(tokens_of(llm, text, 2000))
     after = llm.kv_stats()
     assert (after.device_kv_bytes, after.device_index_bytes) == (before.device_kv_bytes, before.device_index_bytes)
+    means = load(smollm2, kv_policy="asrkf,recall=mean_key", kv_pool=512, n_ctx=4096).kv_stats()
+    assert 0 < means.device_index_bytes < 0.3 * before.device_index_bytes
     for policy in ("window,pool=512", "random,pool=512", "full"):
         assert load(smollm2, kv_policy=policy).kv_stats().device_index_bytes == 0
 
 
-def test_recall_brings_back_what_a_query_asks_for(load, smollm2, text):
+@pytest.mark.parametrize("recall", ["exact", "mean_key"])
+def test_recall_brings_back_what_a_query_asks_for(load, smollm2, text, recall):
     """A sentence read long ago is frozen; asking for it in its own words brings its tokens back into every layer group."""
-    llm = load(smollm2, kv_policy="asrkf,pool=512,rewalk_tokens=0", n_ctx=4096)
+    llm = load(smollm2, kv_policy=f"asrkf,pool=512,rewalk_tokens=0,recall={recall}", n_ctx=4096)
     sentence = " The pass key of the northern harbour is 48213."
     tokens = tokens_of(llm, text, 400)
     begin = len(tokens)
@@ -140,6 +143,7 @@ def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, sm
     path = side_files(model)[0]
     content = json.loads(path.read_text())
     assert len(content["sensitivities"]) == 2 and all(value > 0 for value in content["sensitivities"])
+    assert content["score_layers"] == [0, 1] and content["score_layers_tried"]
     assert find_side_file(model) == path
     assert load(str(model), kv_policy="asrkf", kv_pool=1024).kv_config().calibration == str(path)
     with pytest.raises(ValueError, match="made for another model"):
@@ -154,6 +158,46 @@ def test_a_short_calibration_text_is_refused(tiny, bytes_as_tokens):
         calibrate.calibrate(Path(tiny), "too short", threads=2, n_gpu_layers=0)
     with pytest.raises(ValueError, match="multiple of 256"):
         calibrate.calibrate(Path(tiny), "too short", n_tokens=100)
+
+
+RESETS = "asrkf,recovery=full,trigger=random,trigger_share=0.5,interval=1"
+
+
+def test_a_full_reset_takes_sampled_tokens_back_and_samples_them_anew(load, smollm2, text):
+    prompt = text[:6000]
+    llm = load(smollm2, kv_policy=RESETS, kv_pool=512, n_ctx=4096)
+    answer = llm.create_completion(prompt, max_tokens=120, temperature=0.8, seed=5)
+    assert answer["usage"]["completion_tokens"] <= 120 and answer["choices"][0]["text"]
+    assert llm.kv_regenerations > 0 and llm.kv_stats().recoveries_total["full"] > llm.kv_regenerations / 2
+    n_tokens = len(llm.tokenize(prompt.encode())) + answer["usage"]["completion_tokens"]
+    assert llm.n_tokens <= n_tokens  # nothing that the caller never saw
+    check_states(llm)
+    before = llm.kv_regenerations
+    streamed = list(llm.create_completion(prompt, max_tokens=100, temperature=0.8, seed=5, stream=True))
+    assert streamed and llm.kv_regenerations == before  # a stream is not held back unless asked for
+
+
+def test_what_is_sampled_anew_follows_the_grammar_and_the_context(load, smollm2, text):
+    """Where nothing is frozen a full reset changes nothing, so a greedy answer is the same; a grammar goes on where it was."""
+    tokens = tokens_of(load(smollm2), text, 200)
+    grammar = llama_cpp.LlamaGrammar.from_string('root ::= "[" ([0-9] ", "){20} [0-9] "]"', verbose=False)
+    for options in ({"temp": 0.0}, {"temp": 1.0, "grammar": grammar}):
+        answers = []
+        for policy in ("full", RESETS):
+            llm = load(smollm2, kv_policy=policy, kv_pool=None if policy == "full" else 1024, n_ctx=1024, kv_regenerate=6)
+            answer = []
+            for token in llm.generate(tokens, **options):
+                answer.append(token)
+                if len(answer) == 90 or llama_cpp.llama_vocab_is_eog(llm._model.vocab, token):
+                    break
+            answers.append(llm.detokenize(answer).decode())
+        assert llm.kv_regenerations > 0
+        if "grammar" in options:
+            assert len(json.loads(answers[1])) == 21
+        else:
+            assert answers[0] == answers[1]
+    with pytest.raises(ValueError, match="kv_regenerate"):
+        load(smollm2, kv_policy=RESETS, kv_pool=1024, kv_regenerate=-1)
 
 
 def test_presets_are_asrkf_with_a_pool(load, smollm2):

@@ -87,13 +87,16 @@ TEST(too_small, "a pool too small to be split is the same for all layers") {
 TEST(side_file, "a side file is read, and anything else is refused with its path") {
     const std::string path = "calibration_of_test.json";
     const auto write = [&](const std::string & text) { std::ofstream(path) << text; };
-    write(R"({"format": "asrkf-calibration", "version": 1, "model": "llama-0123", "sensitivities": [0.5, 0.25]})");
+    write(R"({"format": "asrkf-calibration", "version": 2, "model": "llama-0123", "sensitivities": [0.5, 0.25], "score_layers": [0, 1]})");
     const calibration found = read_calibration(path);
-    CHECK(found.fingerprint == "llama-0123" && found.sensitivities.size() == 2 && found.sensitivities[1] == 0.25);
-    for (const char * bad : { "", "{", "[]", R"({"format": "other", "version": 1, "model": "", "sensitivities": []})",
-            R"({"format": "asrkf-calibration", "version": 2, "model": "", "sensitivities": []})",
-            R"({"format": "asrkf-calibration", "version": 1, "model": "x", "sensitivities": [1, -1]})",
-            R"({"format": "asrkf-calibration", "version": 1, "model": "x", "sensitivities": "many"})" }) {
+    CHECK(found.fingerprint == "llama-0123" && found.sensitivities.size() == 2 && found.sensitivities[1] == 0.25 && found.score_layers.size() == 2);
+    for (const char * bad : { "", "{", "[]", R"({"format": "other", "version": 2, "model": "", "sensitivities": [], "score_layers": [0]})",
+            R"({"format": "asrkf-calibration", "version": 1, "model": "", "sensitivities": [1], "score_layers": [0]})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "x", "sensitivities": [1]})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "x", "sensitivities": [1], "score_layers": []})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "x", "sensitivities": [1, 2], "score_layers": [1, 0]})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "x", "sensitivities": [1, -1], "score_layers": [0]})",
+            R"({"format": "asrkf-calibration", "version": 2, "model": "x", "sensitivities": "many", "score_layers": [0]})" }) {
         write(bad);
         CHECK(thrown([&] { read_calibration(path); }).find(path) != std::string::npos);
     }

@@ -237,7 +237,7 @@ TEST(random_machine, "random decodes, freezes, restores, pins and removals never
     for (uint32_t seed = first; seed < first + (one ? 1u : 2u); ++seed) {
         for (const char * moves : { "direct", "staged" }) {
             for (const char * policy : { "asrkf,pool=512", "asrkf,layers=0@512/1@768", "flag-all,pool=512", "paper,pool=512,tau=0.5", "random,pool=512,window=64",
-                    "window,pool=512", "asrkf,pool=512,host_limit=300kB" }) {
+                    "asrkf,pool=512,recall=mean_key", "window,pool=512", "asrkf,pool=512,host_limit=300kB" }) {
                 machine((std::string(policy) + ",moves=" + moves).c_str(), {}, seed, n);
             }
         }

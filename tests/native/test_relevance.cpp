@@ -71,10 +71,10 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
     std::normal_distribution<float> normal;
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     std::vector<scoring_layer> layers;
-    for (uint32_t i = 0; i < s.n_layers; ++i) { // the last layer is in another group
-        layers.push_back({ i*2, i + 1 == s.n_layers ? 1u : 0u, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
+    for (uint32_t i = 0; i < s.n_layers; ++i) {
+        layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
     }
-    relevance branch_of(layers, N_ROWS, s.n_queries, type, kind, s.soft_cap, false);
+    relevance branch_of(layers, N_ROWS, 1, s.n_queries, type, kind, s.soft_cap, false);
     CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + s.n_queries*s.n_head*s.head*sizeof(float)));
 
     oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), std::vector<int32_t>(s.n_queries, -1) };
@@ -148,7 +148,7 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
         pos += int32_t(n_tokens);
         if (!scoring) {
-            CHECK(b.peak == nullptr);
+            CHECK(b.peak == nullptr && b.mean == nullptr);
             continue;
         }
         // ggml rounds q to the type that the index's dot product wants: F16 or Q8_0
@@ -164,31 +164,120 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
             }
             CHECK(largest > 0 && worst <= tolerance*largest);
         };
-        std::vector<double> peak(N_ROWS, 0);
-        for (uint32_t group = 0; group < 2; ++group) {
-            std::vector<double> mean(N_ROWS, 0);
-            double n = 0, sum = 0;
-            for (uint32_t i = 0; i < s.n_layers; ++i) {
-                if (layers[i].group == group) {
-                    o.scores(kind, i, scale, mean, peak);
+        std::vector<double> mean(N_ROWS, 0), peak(N_ROWS, 0);
+        double sum = 0;
+        for (uint32_t i = 0; i < s.n_layers; ++i) {
+            o.scores(kind, i, scale, mean, peak);
+        }
+        for (double & x : mean) {
+            sum += x /= double(s.n_layers);
+        }
+        check(b.mean, mean);
+        check(b.peak, peak);
+        if (kind == SCORE_ATTENTION) {
+            CHECK(std::fabs(sum - 1) < 1e-6);
+        }
+    }
+}
+
+// Rows that are means of the keys of 16 tokens, over steps of all sizes and a cut within a block.
+void compare_means(bool cut) {
+    constexpr uint32_t HEAD = 32, PER_ROW = 16;
+    std::mt19937 random(7);
+    std::normal_distribution<float> normal;
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
+    index_rows index(N_ROWS, PER_ROW);
+    std::vector<std::vector<float>> keys; // by token
+    std::vector<int32_t> positions;
+    std::vector<float> query(HEAD);
+    const auto step = [&](uint32_t n, bool again) {
+        const uint32_t begin = index.n_tokens() - (again ? n : 0);
+        ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead_custom(256, false), nullptr, true };
+        ggml_context_ptr holder(ggml_init(params));
+        ggml_context * ctx = holder.get();
+        ggml_cgraph * graph = ggml_new_graph_custom(ctx, 256, false);
+        relevance::branch b = branch_of.new_branch(ctx, n, N_ROWS);
+        ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n), * k = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n);
+        branch_of.build(ctx, graph, b, 0, q, k, 1.0f);
+        ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
+        std::vector<float> values;
+        for (uint32_t i = 0; i < n; ++i) {
+            if (!again) {
+                index.append();
+                positions.push_back(positions.empty() ? 5 : positions.back() + 1);
+                keys.emplace_back(HEAD);
+                for (float & x : keys.back()) { x = normal(random); }
+            }
+            values.insert(values.end(), keys[begin + i].begin(), keys[begin + i].end());
+        }
+        ggml_backend_tensor_set(k, values.data(), 0, ggml_nbytes(k));
+        for (float & x : query) { x = normal(random); }
+        values.clear();
+        for (uint32_t i = 0; i < n; ++i) {
+            values.insert(values.end(), query.begin(), query.end());
+        }
+        ggml_backend_tensor_set(q, values.data(), 0, ggml_nbytes(q));
+        const int32_t last = int32_t(n) - 1;
+        const int64_t ring_row = 0;
+        if (b.queries) {
+            ggml_backend_tensor_set(b.queries, &last, 0, sizeof(last));
+        }
+        ggml_backend_tensor_set(b.query_rows, &ring_row, 0, sizeof(ring_row));
+        branch_of.set_written(b, index, begin, n);
+        branch_of.set_mask(b, index, positions, { positions.back() });
+        CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
+
+        std::vector<float> found(N_ROWS);
+        ggml_backend_tensor_get(b.mean, found.data(), 0, ggml_nbytes(b.mean));
+        return found;
+    };
+    const auto expected = [&] {
+        std::vector<double> weight(N_ROWS, 0);
+        double total = 0;
+        for (uint32_t row = 0; row < N_ROWS; ++row) {
+            double dot = 0, n = 0;
+            for (uint32_t i = 0; i < index.n_tokens(); ++i) {
+                if (index[i] == row) {
                     n++;
+                    for (uint32_t d = 0; d < HEAD; ++d) {
+                        dot += double(query[d])*keys[i][d];
+                    }
                 }
             }
-            for (double & x : mean) {
-                sum += x /= n;
-            }
-            check(b.means[group], mean);
-            if (kind == SCORE_ATTENTION) {
-                CHECK(std::fabs(sum - 1) < 1e-6);
+            if (n > 0) {
+                total += weight[row] = n*std::exp(dot/n); // a block counts as often as it has tokens
             }
         }
-        check(b.peak, peak);
+        for (double & x : weight) { x /= total; }
+        return weight;
+    };
+    const auto compared = [&](const std::vector<float> & found) {
+        const auto wanted = expected();
+        double worst = 0;
+        for (uint32_t row = 0; row < N_ROWS; ++row) {
+            worst = std::max(worst, std::fabs(found[row] - wanted[row]));
+        }
+        return worst;
+    };
+    for (const uint32_t n : { 40u, 1u, 1u, 70u, 16u, 3u, 1u, 15u, 1u }) {
+        CHECK(compared(step(n, false)) < 2e-3);
+    }
+    CHECK(index.n_used() == 10 && index.tokens_of(index[147]) == 4);
+    if (cut) { // the newest 20 tokens go: the row that is left half empty keeps a share of them until it is full again
+        index.erase(128, 148);
+        keys.resize(128);
+        positions.resize(128);
+        CHECK(index.tokens_of(index[127]) == 16 && index.n_used() == 8);
+        CHECK(compared(step(1, false)) < 2e-3); // a row of its own: its old content is gone
+    } else { // computed again with the same keys: blocks that are written whole are exact, and so is a mean of the same
+        CHECK(compared(step(20, true)) < 2e-3);
     }
 }
 
 } // namespace
 
-TEST(attention, "attention probability over all tokens: mean per group, peak over heads; GQA and soft cap") {
+TEST(attention, "attention probability over all tokens: mean, peak over heads; GQA and soft cap") {
     for (const ggml_type type : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
         compare({ 64, 9, 3, 3, 8, 0 }, type, SCORE_ATTENTION);
         compare({ 128, 32, 8, 2, 8, 0 }, type, SCORE_ATTENTION);
@@ -202,8 +291,31 @@ TEST(magnitude, "mean |q.k|, as published") {
     compare({ 64, 9, 3, 3, 4, 0 }, GGML_TYPE_Q8_0, SCORE_MAGNITUDE);
 }
 
+TEST(mean_key, "rows that are means of 16 keys, whatever the steps; computed again, or cut") {
+    compare_means(false);
+    compare_means(true);
+}
+
+TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and the newest row takes what finds no other") {
+    index_rows rows(4, 4);
+    for (int i = 0; i < 16; ++i) { rows.append(); }
+    CHECK(rows[0] == rows[3] && rows[3] != rows[4] && rows.n_used() == 4);
+    rows.erase(5, 7); // a hole: its row has two tokens and stays
+    CHECK(rows.tokens_of(rows[5]) == 2 && rows.n_tokens() == 14);
+    rows.append(); // no row is free
+    CHECK(rows[14] == rows[13] && rows.tokens_of(rows[14]) == 5);
+    rows.erase(0, 4);
+    rows.append();
+    rows.append();
+    CHECK(rows[rows.n_tokens() - 1] != rows[9] && rows.tokens_of(rows[rows.n_tokens() - 1]) == 2);
+    rows.erase(0, rows.n_tokens());
+    CHECK(rows.n_used() == 0);
+    index_rows single(3, 1);
+    for (int i = 0; i < 3; ++i) { single.append(); CHECK(single[uint32_t(i)] == uint32_t(i)); }
+}
+
 TEST(wrong_type, "an index type whose blocks do not divide a head is refused") {
-    const std::string text = thrown([] { relevance({ { 0, 0, 80, 4, 4, ggml_backend_cpu_buffer_type() } }, 256, 8, GGML_TYPE_Q4_0, SCORE_ATTENTION, 0, true); });
+    const std::string text = thrown([] { relevance({ { 0, 80, 4, 4, ggml_backend_cpu_buffer_type() } }, 256, 1, 8, GGML_TYPE_Q4_0, SCORE_ATTENTION, 0, true); });
     CHECK(text.find("index=f16") != std::string::npos);
 }
 
