@@ -158,8 +158,9 @@ public:
     uint32_t             n_scored = 0; // index rows that this step's graph scores, 0: none
     uint32_t             first_token = 0; // of this step, and how many
     uint32_t             n_step_tokens = 0;
-    std::vector<int32_t> queries;      // which of them score, and from which row of the ring on they are kept
-    uint32_t             ring_begin = 0;
+    bool                 scores_prompt_end = false;
+    std::vector<int32_t> queries;      // which of them are kept, and where
+    std::vector<int64_t> query_rows;
 
 private:
     const bool rewalks;
@@ -174,7 +175,7 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override {
         mctx = static_cast<const memory_context *>(params.mctx);
-        return mctx->n_scored == branch.n_scored && n_tokens == params.ubatch.n_tokens;
+        return mctx->n_scored == branch.n_scored && mctx->scores_prompt_end == branch.prompt_end && n_tokens == params.ubatch.n_tokens;
     }
 
     const memory_context * mctx;
@@ -295,8 +296,7 @@ private:
 
     // scores
     std::unique_ptr<index_rows> rows;                   // null without a scorer
-    std::vector<llama_pos>    ring_pos;                 // of the queries that are kept, -1: none yet
-    uint32_t                  ring_next      = 0;
+    std::unique_ptr<query_rings> rings;
     side_input *              side           = nullptr; // of the graph that is being built
     const relevance::branch * scoring_branch = nullptr; // of the graph that runs
     std::vector<uint32_t>     scoring_layers;           // one ranking serves all groups
@@ -337,7 +337,7 @@ memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches,
 }
 
 memory_context::memory_context(memory & mem)
-    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), rewalks(false), has_output(false) {
+    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), scores_prompt_end(true), rewalks(false), has_output(false) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i]));
     }
@@ -557,18 +557,18 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
                 policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
     }
 
-    // a scoring layer adds up to 100 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
+    // a scoring layer adds up to 150 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
     const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
-    if (100*scoring_layers.size() > n_spare) {
+    if (150*scoring_layers.size() > n_spare) {
         throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers,
-                scoring_layers.size(), n_spare/100));
+                scoring_layers.size(), n_spare/150));
     }
     if (!scoring_layers.empty()) {
         const uint32_t tokens_per_row = index_tokens_per_row(), n_rows = n_index_rows();
         rows   = std::make_unique<index_rows>(n_rows, tokens_per_row);
         scorer = std::make_unique<relevance>(make_scoring_layers(cparams.offload_kqv), n_rows, tokens_per_row, config.score_queries, index_type(), score_kind(config.score),
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
-        ring_pos.assign(config.score_queries, -1);
+        rings  = std::make_unique<query_rings>(config.score_queries);
         scores_buffer.reset(ggml_backend_buft_alloc_buffer(scores_buft, 2*n_rows*sizeof(float)));
         if (!scores_buffer) {
             throw error(ASRKF_INTERNAL, "no host memory for the scores");
@@ -636,7 +636,7 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
         if (config.pool_bytes && !scoring_layers.empty()) { // the index is part of the bound
             const auto & hparams = model.hparams;
             const uint64_t layer_bytes = (n_index_rows() + 1)*ggml_row_size(index_type(), hparams.n_embd_k_gqa(layers[0].il)) // and the ring, and alignment
-                + config.score_queries*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
+                + (config.score_queries + PROMPT_END_QUERIES)*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
             const uint64_t index_bytes = scoring_layers.size()*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
             if (config.pool_bytes < least_bytes) {
                 throw error(ASRKF_INVALID_ARGUMENT, format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
@@ -1050,15 +1050,12 @@ void memory::point_at_rows(memory_context & mctx, uint32_t n, bool scoring) {
     }
     mctx.first_token   = n_tokens() - n;
     mctx.n_step_tokens = n;
-    // a long step is judged by queries from all over it, not by its end; the end of a prompt by its last ones
-    mctx.queries.clear();
-    const uint32_t n_queries = std::min(n, scorer->queries());
-    for (uint32_t i = 0; i < n_queries; ++i) {
-        mctx.queries.push_back(mctx.is_before_rewalk() ? n - n_queries + i : (i + 1)*n/n_queries - 1);
-        ring_pos[ring_next + i < ring_pos.size() ? ring_next + i : ring_next + i - ring_pos.size()] = first().rule->pos(n_tokens() - n + mctx.queries.back());
+    std::vector<llama_pos> step_pos;
+    for (uint32_t i = n_tokens() - n; i < n_tokens(); ++i) {
+        step_pos.push_back(first().rule->pos(i));
     }
-    mctx.ring_begin = ring_next;
-    ring_next = (ring_next + n_queries) % uint32_t(ring_pos.size());
+    rings->keep(step_pos, mctx.queries, mctx.query_rows);
+    mctx.scores_prompt_end = scoring && mctx.is_before_rewalk();
     mctx.n_scored = 0;
     if (scoring) {
         mctx.n_scored = std::min(scorer->rows(), (rows->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
@@ -1075,26 +1072,20 @@ void memory::build_side_branch(const memory_context & mctx, llm_graph_result & r
         return;
     }
     if (found == layers.begin()) { // a new graph
-        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, uint32_t(k_cur->ne[2]), scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored))));
+        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, uint32_t(k_cur->ne[2]), scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored, mctx.scores_prompt_end))));
     }
     scorer->build(res.get_ctx(), gf, side->branch, size_t(found - layers.begin()), q, k_cur, kq_scale);
 }
 
 void memory::set_side_input(const memory_context & mctx, const relevance::branch & branch) {
     scorer->set_written(branch, *rows, mctx.first_token, mctx.n_step_tokens);
-    std::vector<int64_t> query_rows;
-    for (size_t i = 0; i < mctx.queries.size(); ++i) {
-        query_rows.push_back(int64_t((mctx.ring_begin + i) % ring_pos.size()));
-    }
-    if (branch.queries) {
-        ggml_backend_tensor_set(branch.queries, mctx.queries.data(), 0, ggml_nbytes(branch.queries));
-    }
-    ggml_backend_tensor_set(branch.query_rows, query_rows.data(), 0, ggml_nbytes(branch.query_rows));
+    ggml_backend_tensor_set(branch.queries, mctx.queries.data(), 0, ggml_nbytes(branch.queries));
+    ggml_backend_tensor_set(branch.query_rows, mctx.query_rows.data(), 0, ggml_nbytes(branch.query_rows));
     std::vector<llama_pos> token_pos;
     for (uint32_t i = 0; branch.mask && i < n_tokens(); ++i) {
         token_pos.push_back(first().rule->pos(i));
     }
-    scorer->set_mask(branch, *rows, token_pos, ring_pos);
+    scorer->set_mask(branch, *rows, token_pos, rings->positions(branch.prompt_end));
     scoring_branch = &branch;
 }
 
@@ -1492,8 +1483,8 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
 void memory::forget(uint32_t begin, uint32_t end) {
     scores_pending = false; // they belong to rows that may change hands
     output_pending = false;
-    for (llama_pos & pos : ring_pos) { // queries of what goes, or of what would have seen it
-        pos = pos >= first().rule->pos(begin) ? -1 : pos;
+    if (rings) {
+        rings->forget_from(first().rule->pos(begin)); // queries of what goes, or of what would have seen it
     }
     for (group & g : groups) {
         for (uint32_t i = begin; i < end; ++i) {
@@ -1578,8 +1569,9 @@ void memory::clear(bool data) {
         g.cache->clear(data);
         g.rule->clear();
     }
-    std::fill(ring_pos.begin(), ring_pos.end(), -1);
-    ring_next = 0;
+    if (rings) {
+        rings->forget_from(0);
+    }
     trigger.clear();
     output_pending    = false;
     next_occasion     = occasion::step;

@@ -59,6 +59,35 @@ void index_rows::erase(uint32_t begin, uint32_t end) {
 
 uint32_t index_rows::n_used() const { return rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end()) + 1; }
 
+void query_rings::keep(const std::vector<int32_t> & step_pos, std::vector<int32_t> & tokens, std::vector<int64_t> & rows) {
+    const uint32_t n = uint32_t(step_pos.size()), n_spread = std::min(n, n_queries), n_end = std::min(n, PROMPT_END_QUERIES);
+    tokens.clear();
+    rows.clear();
+    for (uint32_t i = 0; i < n_spread; ++i) { // a long step is judged by queries from all over it, not by its end
+        tokens.push_back(int32_t((i + 1)*n/n_spread) - 1);
+        rows.push_back(next);
+        next = (next + 1) % n_queries;
+    }
+    for (uint32_t i = 0; i < n_end; ++i) {
+        tokens.push_back(int32_t(n - n_end + i));
+        rows.push_back(n_queries + next_end);
+        next_end = (next_end + 1) % PROMPT_END_QUERIES;
+    }
+    for (size_t i = 0; i < rows.size(); ++i) {
+        pos[size_t(rows[i])] = step_pos[size_t(tokens[i])];
+    }
+}
+
+void query_rings::forget_from(int32_t first_pos) {
+    for (int32_t & p : pos) {
+        p = p >= first_pos ? -1 : p;
+    }
+}
+
+std::vector<int32_t> query_rings::positions(bool prompt_end) const {
+    return prompt_end ? std::vector<int32_t>(pos.begin() + n_queries, pos.end()) : std::vector<int32_t>(pos.begin(), pos.begin() + n_queries);
+}
+
 relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_queries, ggml_type type,
         score_kind kind, float soft_cap, bool no_alloc)
     : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_queries(n_queries), kind(kind), soft_cap(soft_cap), states(layers.size()) {
@@ -78,7 +107,7 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
                 states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
-                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_queries);
+                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_queries + PROMPT_END_QUERIES);
             }
         }
         size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
@@ -105,15 +134,14 @@ void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
     ggml_backend_tensor_set(index, bytes, row*index->nb[1], index->nb[1]);
 }
 
-relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored) const {
+relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored, bool prompt_end) const {
+    const uint32_t n_kept = query_rings::n_kept(n_tokens, n_queries);
     branch b;
     b.n_scored   = n_scored;
+    b.prompt_end = prompt_end;
     b.rows       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_written(n_tokens));
-    b.query_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, std::min(n_tokens, n_queries));
-    if (n_tokens > n_queries) {
-        b.queries = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_queries);
-        ggml_set_input(b.queries);
-    }
+    b.queries    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kept);
+    b.query_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_kept);
     if (is_mean()) {
         b.read_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_written(n_tokens));
         b.keep      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_written(n_tokens));
@@ -123,9 +151,10 @@ relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, u
         ggml_set_input(b.weights);
     }
     ggml_set_input(b.rows);
+    ggml_set_input(b.queries);
     ggml_set_input(b.query_rows);
     if (n_scored > 0 && kind == SCORE_ATTENTION) {
-        b.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_scored, n_queries);
+        b.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_scored, n_scoring(prompt_end));
         ggml_set_input(b.mask);
     }
     return b;
@@ -168,9 +197,9 @@ void relevance::set_mask(const branch & b, const index_rows & index, const std::
     if (!b.mask) {
         return;
     }
-    std::vector<float> mask(size_t(b.n_scored)*n_queries, 0);
-    for (uint32_t q = 0; q < n_queries; ++q) {
-        float * seen = mask.data() + size_t(q)*b.n_scored;
+    std::vector<float> mask(size_t(b.n_scored)*query_pos.size(), 0);
+    for (size_t q = 0; q < query_pos.size(); ++q) {
+        float * seen = mask.data() + q*b.n_scored;
         for (uint32_t i = 0; i < index.n_tokens() && token_pos[i] <= query_pos[q]; ++i) { // positions ascend
             seen[index[i]] += 1;
         }
@@ -188,10 +217,7 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
         return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]) : ggml_cont_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]);
     };
     k = rows_of(k);
-    q = rows_of(q);
-    if (b.queries) {
-        q = ggml_get_rows(ctx, q, b.queries);
-    }
+    q = ggml_get_rows(ctx, rows_of(q), b.queries);
     if (is_mean()) {
         ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, b.read_rows), b.keep);
         k = ggml_add(ctx, kept, ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights));
@@ -205,12 +231,12 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
         return;
     }
 
-    const int64_t n = b.n_scored;
+    const int64_t n = b.n_scored, n_scoring = this->n_scoring(b.prompt_end);
     index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
     // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
-    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_queries, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));
-    ring  = ggml_reshape_3d(ctx, ring, l.head, n_queries*(l.n_head/l.n_head_kv), l.n_head_kv);
-    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_queries, l.n_head);
+    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), b.prompt_end ? n_queries*ring->nb[1] : 0));
+    ring  = ggml_reshape_3d(ctx, ring, l.head, n_scoring*(l.n_head/l.n_head_kv), l.n_head_kv);
+    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_scoring, l.n_head);
     if (kind == SCORE_MAGNITUDE) {
         kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
     } else {
@@ -221,13 +247,15 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
         }
         kq = ggml_soft_max_ext(ctx, kq, b.mask, scale, 0.0f);
     }
+    // at a prompt's end any word of a question may be the one that asks; over steps a head that asks for long: what a single
+    // query asks for would bounce
     ggml_tensor * heads = ggml_reshape_2d(ctx, fold(ctx, kq, false), n, l.n_head);
     ggml_tensor * mean  = fold(ctx, heads, false);
-    ggml_tensor * peak  = fold(ctx, heads, true);
+    ggml_tensor * peak  = b.prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
+                                       : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(n_scoring));
 
     // expanded here, so that a layer's branch runs beside its attention and its memory is free again
-    mean   = ggml_scale(ctx, mean, 1.0f / float(n_queries*l.n_head*int64_t(specs.size())));
-    peak   = ggml_scale(ctx, peak, 1.0f / float(n_queries));
+    mean   = ggml_scale(ctx, mean, 1.0f / float(n_scoring*l.n_head*int64_t(specs.size())));
     b.mean = b.mean ? ggml_add(ctx, b.mean, mean) : mean;
     b.peak = b.peak ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, b.peak, peak)), peak) : peak;
     ggml_build_forward_expand(gf, b.mean);

@@ -1,10 +1,11 @@
 // Relevance: which tokens the newest queries attend to, computed in the model's own graph from ggml ops, so that every
 // backend has it. Knows ggml only.
 //
-// Scoring layers keep two things on the device beside the pool: an index of the whole sequence, frozen or not, and a
-// ring of queries. Each step writes its rows; a scoring step adds the attention of the ring over the whole index. So
-// frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
-// the index once. The index holds
+// Scoring layers keep two things on the device beside the pool: an index of the whole sequence, frozen or not, and the
+// newest queries. Each step writes its rows; a scoring step adds the attention of the kept queries over the whole index.
+// So frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
+// the index once. Where a prompt ends more queries score: a question is longer than a few tokens, and any of its words
+// may be the one that asks. The index holds
 // - exact: the K row of every token in a small type;
 // - mean_key: one row for a block of tokens, the mean of their K rows, in F16. Its attention is the block's: a logit
 //   counts as often as the block has tokens.
@@ -16,6 +17,7 @@
 #include "ggml-cpp.h"
 #include "ggml.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -50,6 +52,26 @@ private:
     std::vector<uint32_t> free_rows; // the last is taken first
 };
 
+// The queries that are kept: of steps a few, spread over a long one; and the newest tokens' all, for where a prompt ends.
+constexpr uint32_t PROMPT_END_QUERIES = 32;
+
+class query_rings {
+public:
+    explicit query_rings(uint32_t n_queries) : n_queries(n_queries), pos(n_queries + PROMPT_END_QUERIES, -1) {}
+
+    static uint32_t n_kept(uint32_t n_tokens, uint32_t n_queries) { return std::min(n_tokens, n_queries) + std::min(n_tokens, PROMPT_END_QUERIES); }
+    // Of a step at these positions: tokens to keep, and the ring row of each.
+    void keep(const std::vector<int32_t> & step_pos, std::vector<int32_t> & tokens, std::vector<int64_t> & rows);
+    void forget_from(int32_t first_pos);
+    // Positions of the queries that score, -1 for none.
+    std::vector<int32_t> positions(bool prompt_end) const;
+
+private:
+    const uint32_t       n_queries;
+    std::vector<int32_t> pos; // by row: those of steps, then those for a prompt's end
+    uint32_t             next = 0, next_end = 0;
+};
+
 class relevance {
 public:
     // soft_cap: of the attention logits, 0 for none. no_alloc: sizes only. Throws error(ASRKF_UNSUPPORTED) if the type
@@ -61,26 +83,26 @@ public:
     const std::vector<scoring_layer> & layers() const { return specs; }
     size_t   device_bytes() const { return n_bytes; }
     uint32_t rows() const { return n_rows; }
-    uint32_t queries() const { return n_queries; }
     const std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> & breakdown() const { return sizes; }
 
     // One graph's inputs and outputs.
     struct branch {
         uint32_t      n_scored   = 0;        // rows that are scored, 0 in a graph that only writes
+        bool          prompt_end = false;    // which queries score
         ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
         ggml_tensor * read_rows  = nullptr;  // I32 [n_written]: the same rows, where a row is a mean
         ggml_tensor * keep       = nullptr;  // F32 [1, n_written]: part of a mean that stays
         ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
-        ggml_tensor * queries    = nullptr;  // I32 [n_queries]: tokens of this step whose queries are kept; null: all
-        ggml_tensor * query_rows = nullptr;  // I64 [min(n_tokens, n_queries)]: their rows in the ring
-        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_queries]: log of the tokens that the row stands for
+        ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
+        ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
+        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for
         ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
-        ggml_tensor * peak       = nullptr;  // F32 [n_scored]: averaged over queries, highest of all heads of all scoring layers
+        ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
         uint32_t      n_built    = 0;
     };
-    branch new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored) const;
-    // What the branch writes for tokens begin to begin + n (rows, read_rows, keep, weights), and what it masks: of each
-    // query in the ring the position, -1 for none, over tokens at the given positions.
+    branch new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored, bool prompt_end) const;
+    // What the branch writes for tokens begin to begin + n (rows, read_rows, keep, weights), and what it masks: each
+    // scoring query's position, -1 for none, against the tokens'.
     void set_written(const branch & b, const index_rows & index, uint32_t begin, uint32_t n) const;
     void set_mask   (const branch & b, const index_rows & index, const std::vector<int32_t> & token_pos, const std::vector<int32_t> & query_pos) const;
 
@@ -94,6 +116,7 @@ private:
     struct state { ggml_tensor * index; ggml_tensor * ring; };
 
     bool is_mean() const { return tokens_per_row > 1; }
+    uint32_t n_scoring(bool prompt_end) const { return prompt_end ? PROMPT_END_QUERIES : n_queries; }
     // A step may begin and end within a block.
     uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
 

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <random>
 
 using namespace asrkf;
@@ -26,9 +27,16 @@ struct oracle {
     std::vector<std::vector<std::vector<float>>> queries; // [layer][ring row] head*n_head
     std::vector<int32_t> row_pos, ring_pos;               // -1: none
 
-    void scores(score_kind kind, uint32_t layer, float scale, std::vector<double> & mean, std::vector<double> & peak) const {
+    void scores(score_kind kind, bool prompt_end, uint32_t layer, float scale, std::vector<double> & mean, std::vector<double> & peak) const {
+        const uint32_t first = prompt_end ? s.n_queries : 0, n = prompt_end ? PROMPT_END_QUERIES : s.n_queries;
         std::vector<std::vector<double>> by_head(size_t(s.n_head), std::vector<double>(N_ROWS, 0));
-        for (uint32_t q = 0; q < s.n_queries; ++q) {
+        const auto add = [&](int64_t h, uint32_t r, double x) {
+            mean[r] += x / double(n*s.n_head);
+            double & of_head = by_head[size_t(h)][r];
+            of_head = prompt_end ? std::max(of_head, x) : of_head + x/n;
+            peak[r] = std::max(peak[r], of_head);
+        };
+        for (uint32_t q = first; q < first + n; ++q) {
             for (int64_t h = 0; h < s.n_head; ++h) {
                 const int64_t h_kv = h / (s.n_head / s.n_head_kv);
                 std::vector<double> x(N_ROWS, -INFINITY);
@@ -40,7 +48,7 @@ struct oracle {
                     }
                     dot *= scale;
                     if (kind == SCORE_MAGNITUDE) {
-                        by_head[size_t(h)][r] += std::fabs(dot);
+                        add(h, r, std::fabs(dot));
                     } else if (row_pos[r] >= 0 && row_pos[r] <= ring_pos[q]) {
                         x[r] = s.soft_cap > 0 ? s.soft_cap*std::tanh(dot / s.soft_cap) : dot;
                         top  = std::max(top, x[r]);
@@ -53,20 +61,15 @@ struct oracle {
                     total += v = std::exp(v - top);
                 }
                 for (uint32_t r = 0; r < N_ROWS; ++r) {
-                    by_head[size_t(h)][r] += x[r] / total;
+                    add(h, r, x[r] / total);
                 }
-            }
-        }
-        for (uint32_t r = 0; r < N_ROWS; ++r) {
-            for (int64_t h = 0; h < s.n_head; ++h) {
-                mean[r] += by_head[size_t(h)][r] / double(s.n_queries*s.n_head);
-                peak[r]  = std::max(peak[r], by_head[size_t(h)][r] / double(s.n_queries));
             }
         }
     }
 };
 
-void compare(const shape & s, ggml_type type, score_kind kind) {
+void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end = false) {
+    const uint32_t n_kept_rows = s.n_queries + PROMPT_END_QUERIES;
     std::mt19937 random(42);
     std::normal_distribution<float> normal;
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
@@ -75,22 +78,22 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
         layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
     }
     relevance branch_of(layers, N_ROWS, 1, s.n_queries, type, kind, s.soft_cap, false);
-    CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + s.n_queries*s.n_head*s.head*sizeof(float)));
+    CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + n_kept_rows*s.n_head*s.head*sizeof(float)));
 
-    oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), std::vector<int32_t>(s.n_queries, -1) };
+    oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), {} };
+    query_rings rings(s.n_queries);
     o.keys.assign(s.n_layers, std::vector<std::vector<float>>(N_ROWS, std::vector<float>(size_t(s.head*s.n_head_kv), 0)));
-    o.queries.assign(s.n_layers, std::vector<std::vector<float>>(s.n_queries, std::vector<float>(size_t(s.head*s.n_head), 0)));
+    o.queries.assign(s.n_layers, std::vector<std::vector<float>>(n_kept_rows, std::vector<float>(size_t(s.head*s.n_head), 0)));
     const float scale = 1.0f/std::sqrt(float(s.head));
     int32_t pos = 0;
-    uint32_t ring_next = 0;
     for (const uint32_t n_tokens : { 40u, 1u, 3u, 20u, 1u }) { // the last one scores
         const bool scoring = pos > 60;
-        const uint32_t n_scored = scoring ? N_ROWS : 0, n_kept = std::min(n_tokens, s.n_queries);
+        const uint32_t n_scored = scoring ? N_ROWS : 0;
         ggml_init_params params = { 2048*ggml_tensor_overhead() + ggml_graph_overhead_custom(4096, false), nullptr, true };
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 4096, false);
-        relevance::branch b = branch_of.new_branch(ctx, n_tokens, n_scored);
+        relevance::branch b = branch_of.new_branch(ctx, n_tokens, n_scored, prompt_end);
         std::vector<ggml_tensor *> tq, tk;
         for (uint32_t i = 0; i < s.n_layers; ++i) {
             tq.push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head, n_tokens));
@@ -105,12 +108,15 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
             rows.push_back((pos + int64_t(i))*3 % N_ROWS); // rows are in no order
             o.row_pos[size_t(rows.back())] = pos + int32_t(i);
         }
-        for (uint32_t i = 0; i < n_kept; ++i) {
-            kept.push_back(int32_t((i + 1)*n_tokens / n_kept) - 1);
-            query_rows.push_back((ring_next + i) % s.n_queries);
-            o.ring_pos[size_t(query_rows.back())] = pos + kept.back();
+        std::vector<int32_t> step_pos;
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            step_pos.push_back(pos + int32_t(i));
         }
-        ring_next += n_kept;
+        rings.keep(step_pos, kept, query_rows);
+        CHECK(kept.size() == size_t(ggml_nelements(b.queries)) && query_rows.size() == kept.size());
+        const auto step_ring = rings.positions(false);
+        o.ring_pos = rings.positions(true);
+        o.ring_pos.insert(o.ring_pos.begin(), step_ring.begin(), step_ring.end());
         for (uint32_t i = 0; i < s.n_layers; ++i) {
             std::vector<float> q(size_t(s.head*s.n_head)*n_tokens), k(size_t(s.head*s.n_head_kv)*n_tokens);
             for (float & x : q) { x = normal(random); }
@@ -123,22 +129,20 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
                 ggml_quantize_chunk(type, k.data() + t*width, stored.data(), 0, 1, int64_t(width), nullptr);
                 ggml_get_type_traits(type)->to_float(stored.data(), o.keys[i][size_t(rows[t])].data(), int64_t(width));
             }
-            for (uint32_t t = 0; t < n_kept; ++t) {
+            for (size_t t = 0; t < kept.size(); ++t) {
                 const float * from = q.data() + size_t(kept[t])*size_t(s.head*s.n_head);
                 o.queries[i][size_t(query_rows[t])].assign(from, from + s.head*s.n_head);
             }
         }
         ggml_backend_tensor_set(b.rows, rows.data(), 0, ggml_nbytes(b.rows));
-        if (b.queries) {
-            ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
-        }
-        CHECK((b.queries != nullptr) == (n_tokens > s.n_queries));
+        ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
         if (b.mask) {
-            std::vector<float> mask(size_t(N_ROWS)*s.n_queries, -INFINITY);
+            const auto scoring_pos = rings.positions(prompt_end);
+            std::vector<float> mask(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
             for (uint32_t r = 0; r < N_ROWS; ++r) {
-                for (uint32_t i = 0; i < s.n_queries; ++i) {
-                    if (o.row_pos[r] >= 0 && o.row_pos[r] <= o.ring_pos[i]) {
+                for (size_t i = 0; i < scoring_pos.size(); ++i) {
+                    if (o.row_pos[r] >= 0 && o.row_pos[r] <= scoring_pos[i]) {
                         mask[i*N_ROWS + r] = 0;
                     }
                 }
@@ -167,7 +171,7 @@ void compare(const shape & s, ggml_type type, score_kind kind) {
         std::vector<double> mean(N_ROWS, 0), peak(N_ROWS, 0);
         double sum = 0;
         for (uint32_t i = 0; i < s.n_layers; ++i) {
-            o.scores(kind, i, scale, mean, peak);
+            o.scores(kind, prompt_end, i, scale, mean, peak);
         }
         for (double & x : mean) {
             sum += x /= double(s.n_layers);
@@ -188,6 +192,7 @@ void compare_means(bool cut) {
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
     index_rows index(N_ROWS, PER_ROW);
+    query_rings rings(1);
     std::vector<std::vector<float>> keys; // by token
     std::vector<int32_t> positions;
     std::vector<float> query(HEAD);
@@ -197,7 +202,7 @@ void compare_means(bool cut) {
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 256, false);
-        relevance::branch b = branch_of.new_branch(ctx, n, N_ROWS);
+        relevance::branch b = branch_of.new_branch(ctx, n, N_ROWS, false);
         ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n), * k = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n);
         branch_of.build(ctx, graph, b, 0, q, k, 1.0f);
         ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
@@ -218,14 +223,13 @@ void compare_means(bool cut) {
             values.insert(values.end(), query.begin(), query.end());
         }
         ggml_backend_tensor_set(q, values.data(), 0, ggml_nbytes(q));
-        const int32_t last = int32_t(n) - 1;
-        const int64_t ring_row = 0;
-        if (b.queries) {
-            ggml_backend_tensor_set(b.queries, &last, 0, sizeof(last));
-        }
-        ggml_backend_tensor_set(b.query_rows, &ring_row, 0, sizeof(ring_row));
+        std::vector<int32_t> kept;
+        std::vector<int64_t> query_rows;
+        rings.keep(std::vector<int32_t>(positions.begin() + begin, positions.end()), kept, query_rows);
+        ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
+        ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
         branch_of.set_written(b, index, begin, n);
-        branch_of.set_mask(b, index, positions, { positions.back() });
+        branch_of.set_mask(b, index, positions, rings.positions(false));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
         std::vector<float> found(N_ROWS);
@@ -283,6 +287,7 @@ TEST(attention, "attention probability over all tokens: mean, peak over heads; G
         compare({ 128, 32, 8, 2, 8, 0 }, type, SCORE_ATTENTION);
         compare({ 64, 4, 4, 2, 5, 30 }, type, SCORE_ATTENTION);
         compare({ 64, 6, 2, 2, 1, 0 }, type, SCORE_ATTENTION);
+        compare({ 64, 9, 3, 2, 4, 0 }, type, SCORE_ATTENTION, true);
     }
 }
 
@@ -294,6 +299,23 @@ TEST(magnitude, "mean |q.k|, as published") {
 TEST(mean_key, "rows that are means of 16 keys, whatever the steps; computed again, or cut") {
     compare_means(false);
     compare_means(true);
+}
+
+TEST(rings, "steps keep a few queries from all over them, and a prompt's end the newest ones") {
+    query_rings rings(4);
+    std::vector<int32_t> tokens, step(100);
+    std::vector<int64_t> rows;
+    std::iota(step.begin(), step.end(), 1000);
+    rings.keep(step, tokens, rows);
+    CHECK(tokens.size() == 36 && tokens[0] == 24 && tokens[3] == 99 && tokens[4] == 68 && tokens[35] == 99);
+    rings.keep({ 1100, 1101 }, tokens, rows);
+    CHECK((tokens == std::vector<int32_t>{ 0, 1, 0, 1 }) && (rows == std::vector<int64_t>{ 0, 1, 4, 5 }));
+    CHECK((rings.positions(false) == std::vector<int32_t>{ 1100, 1101, 1074, 1099 }));
+    auto newest = rings.positions(true);
+    std::sort(newest.begin(), newest.end());
+    CHECK(newest.size() == PROMPT_END_QUERIES && newest.front() == 1070 && newest.back() == 1101);
+    rings.forget_from(1099);
+    CHECK((rings.positions(false) == std::vector<int32_t>{ -1, -1, 1074, -1 }));
 }
 
 TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and the newest row takes what finds no other") {
