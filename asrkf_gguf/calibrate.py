@@ -102,10 +102,9 @@ def cut(tokens: list[int], n_tokens: int) -> tuple[list[int], int]:
     return tokens[:n_tokens], n_tokens * 2 // 5 // STEP_TOKENS * STEP_TOKENS
 
 
-def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, n_layers: int) -> list[float]:
-    """Divergence, in nats, with a fifth of the tokens active in one layer; by layer."""
+def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, cells: int, n_layers: int) -> list[float]:
+    """Divergence, in nats, with so many of the tokens active in one layer; by layer."""
     tokens, skip = cut(text, n_tokens)
-    cells = max(LEAST_CELLS, n_tokens // 5 // LEAST_CELLS * LEAST_CELLS)
     reference = runner.log_probabilities("full", tokens, skip)
     measured = []
     for layer in tqdm(range(n_layers), desc="sensitivities", unit="layer", file=sys.stderr):
@@ -120,24 +119,26 @@ def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, An
     tokens, skip = cut(text, SCORER_TOKENS)
     chosen = sorted({int(depth * (n_layers - 1) + 0.5) for depth in SCORER_DEPTHS})
     tried: dict[tuple[int, ...], float] = {}
-    with tempfile.TemporaryDirectory() as folder, tqdm(total=n_layers + 1 - len(chosen), desc="scoring layers", unit="set", file=sys.stderr) as bar:
+    n = len(chosen)
+    # a quarter's layers, and where the search begins, which in a small model may lie beside it
+    candidates = [sorted({*range(i * n_layers // n, (i + 1) * n_layers // n), layer}) for i, layer in enumerate(chosen)]
+    n_sets = sum(map(len, candidates)) - n + 1
+    with tempfile.TemporaryDirectory() as folder, tqdm(total=n_sets, desc="scoring layers", unit="set", file=sys.stderr) as bar:
         budgets = Path(folder) / "budgets.json"
         budgets.write_text(json.dumps({**content, "score_layers": chosen}))
         reference = runner.log_probabilities("full", tokens, skip)
 
         def loss(layers: list[int]) -> float:
-            key = tuple(sorted(layers))
+            key = tuple(sorted(set(layers)))
             if key not in tried:
                 policy = f"asrkf,pool={SCORER_TOKENS * 3 // 8},calibration={budgets},score_layers={'+'.join(map(str, key))},rewalk_tokens=0"
                 tried[key] = mean_divergence(reference, runner.log_probabilities(policy, tokens, skip))
                 bar.update()
             return tried[key]
 
-        n = len(chosen)
-        for i in range(n):
-            quarter = range(i * n_layers // n, (i + 1) * n_layers // n)
-            chosen = min(([*chosen[:i], layer, *chosen[i + 1 :]] for layer in quarter), key=loss)
-    return sorted(chosen), [{"layers": list(layers), "kl": kl} for layers, kl in tried.items()]
+        for i, layers in enumerate(candidates):
+            chosen = min(([*chosen[:i], layer, *chosen[i + 1 :]] for layer in layers), key=loss)
+    return sorted(set(chosen)), [{"layers": list(layers), "kl": kl} for layers, kl in tried.items()]
 
 
 def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
@@ -150,7 +151,8 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
     cut(tokens, n_most)  # before the minutes that the first half takes
     n_layers = int(llama_cpp.llama_model_n_layer(runner.llm._model.model))
     began = time.perf_counter()
-    measured = measure_sensitivities(runner, tokens, n_tokens, n_layers)
+    cells = n_tokens // 5 // LEAST_CELLS * LEAST_CELLS
+    measured = measure_sensitivities(runner, tokens, n_tokens, cells, n_layers)
     content: dict[str, Any] = {
         "format": "asrkf-calibration",
         "version": 2,
@@ -159,7 +161,7 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
         "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),
         "measured": measured,
-        "unit": f"KL in nats with a fifth of {n_tokens} tokens active in one layer",
+        "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
     }
     content["score_layers"], content["score_layers_tried"] = choose_scoring_layers(runner, tokens, content, n_layers)
     content["seconds"] = round(time.perf_counter() - began, 1)

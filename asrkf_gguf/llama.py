@@ -21,8 +21,8 @@ from .stats import KVStats, read_stats
 
 
 def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
-    """The configuration with the model's side file (asrkf calibrate), if there is one and budgets by layer are wanted."""
-    if config.policy == "full" or config.calibration is not None or config.resolved()["layers"] not in ("two", "each"):
+    """The configuration with the model's side file (asrkf calibrate), if there is one and tokens are scored by attention."""
+    if config.policy == "full" or config.calibration is not None or config.resolved()["score"] != "attention":
         return config
     found = find_side_file(Path(model_path))
     return dataclasses.replace(config, calibration=str(found)) if found else config
@@ -61,6 +61,7 @@ class Llama(llama_cpp.Llama):
         self._kv_regenerate = kv_regenerate
         self._answers_whole = False
         self._sampled_before: list[int] = []
+        self._running: Optional[object] = None
         self.kv_regenerations = 0
         """Times that sampled tokens were taken back (kv_regenerate)."""
         if kv_policy is None:
@@ -125,12 +126,22 @@ class Llama(llama_cpp.Llama):
                 _native.lib.asrkf_prompt_follows(self._pointer, False)
 
     def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        self._answers_whole = not inspect.signature(super()._create_completion).bind(*args, **kwargs).arguments.get("stream", False)
-        return super()._create_completion(*args, **kwargs)
+        chunks = super()._create_completion(*args, **kwargs)
+        stream = inspect.signature(super()._create_completion).bind(*args, **kwargs).arguments.get("stream", False)
+
+        def run() -> Any:
+            self._answers_whole = not stream
+            try:
+                yield from chunks
+            finally:
+                self._answers_whole = False
+
+        return run()
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
         """Sample tokens after a prompt (llama_cpp.Llama.generate); see kv_regenerate."""
         whole, self._answers_whole = self._answers_whole, False
+        mine = self._running = object()  # an answer that was left unread must not touch a later one
         n_held = (8 if whole else 0) if self._kv_regenerate is None else self._kv_regenerate
         config = self.kv_config() if n_held else None
         if config is None or config.recovery != "full" or self.draft_model is not None:
@@ -155,23 +166,25 @@ class Llama(llama_cpp.Llama):
                     continue
                 if token is not None:
                     held.append(token)
-                is_end = token is None or llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                is_end = token is None or self.n_tokens >= self.n_ctx() or llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
                 while len(held) > (0 if is_end else n_held):
                     given.append(held.popleft())
-                    yield given[-1]
+                    if (yield given[-1]) is not None:
+                        raise ValueError("tokens cannot be sent into an answer whose newest tokens are held back: kv_regenerate=0")
                 if token is None:
                     return
         finally:
             answer.close()
-            self._sampled_before = []
-            self.set_seed(seed)
-            if self.n_tokens > len(given):  # what the caller never saw
-                self.n_tokens = len(given)
-                self._requires_eval = True
+            if self._running is mine:
+                self._seed = seed
+                if self.n_tokens > len(given):  # what the caller never saw
+                    self.n_tokens = len(given)
+                    self._requires_eval = True
 
     def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
         sampler = super()._init_sampler(*args, **kwargs)
-        for token in self._sampled_before:  # grammar and penalties stand where the answer stands
+        before, self._sampled_before = self._sampled_before, []
+        for token in before:  # grammar and penalties stand where the answer stands
             sampler.accept(token)
         return sampler
 

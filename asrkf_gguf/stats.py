@@ -40,7 +40,7 @@ class KVStats:
     tokens: int
     device_kv_bytes: int
     device_index_bytes: int
-    """K rows of the scoring layers in a small type, for all tokens, and the newest queries."""
+    """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries."""
     device_staging_bytes: int
     device_compute_bytes: int
     host_kv_bytes: int

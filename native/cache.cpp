@@ -229,6 +229,8 @@ public:
     void build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il);
     void set_side_input(const memory_context & mctx, const relevance::branch & branch);
     void read_scores(llama_context & lctx, const memory_context & mctx);
+    // Is a prompt's end scored, and by more queries than a step: the worst case.
+    bool may_score_prompt_end() const { return config.rewalk_tokens >= 2 && first().rule->params.recall && config.score_queries < PROMPT_END_QUERIES; }
     void step_computed(bool output) { rewalk_begin = -1; output_pending = output; }
 
     const asrkf_config         config;
@@ -308,6 +310,8 @@ private:
     recovery_trigger trigger;
     bool             output_pending = false;            // the last call had an output row
     occasion         next_occasion  = occasion::step;
+    occasion         reset          = occasion::step;   // the last one that was not a step's, and where it came:
+    llama_pos        reset_pos      = -1;               // who goes back behind it, no further than a rewalk, gets the same again
     bool             prompt_follows = false;            // the caller says that the next call continues the prompt
     llama_pos        call_begin     = -1;               // first position of the current call
     llama_pos        rewalk_begin   = -1;               // first position that is being computed again
@@ -337,7 +341,7 @@ memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches,
 }
 
 memory_context::memory_context(memory & mem)
-    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), scores_prompt_end(true), rewalks(false), has_output(false) {
+    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), scores_prompt_end(mem.may_score_prompt_end()), rewalks(false), has_output(false) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i]));
     }
@@ -939,8 +943,15 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         const uint64_t  freezes = counters.freezes_total, restores = n_restores();
         const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
 
-        const occasion why = std::exchange(next_occasion, occasion::step);
+        occasion why = std::exchange(next_occasion, occasion::step);
+        if (why == occasion::step && pos_new < reset_pos && pos_new >= reset_pos - llama_pos(config.rewalk_tokens)) {
+            why = reset;
+        }
         decide_and_move(n, pos_new, why);
+        if (why != occasion::step) {
+            reset     = why;
+            reset_pos = pos_new;
+        }
 
         std::vector<llama_kv_cache::slot_info> slots;
         for (const group & g : groups) {
@@ -1575,6 +1586,7 @@ void memory::clear(bool data) {
     trigger.clear();
     output_pending    = false;
     next_occasion     = occasion::step;
+    reset_pos         = -1;
     counters          = {};
     budget.peak_bytes = budget.used_bytes;
     fault.clear();
@@ -1720,6 +1732,7 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
             keep_store = false;
         }
         next_occasion = occasion::step;
+        reset_pos     = -1;
         trigger.clear();
         for (const auto & [pos, from] : order) {
             exts.emplace_back();

@@ -56,7 +56,7 @@ const field table[] = {
     { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16; f16 for mean_key" },
     { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score after an interval" },
     { "hysteresis", REAL, AT(hysteresis), "", 0, 10, "an active token's score counts this much more (0.2: a fifth)" },
-    { "recall", CHOICE, AT(recall), "off|exact|mean_key", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key, or by the mean key of 16 tokens (an eighth of the index)" },
+    { "recall", CHOICE, AT(recall), "off|exact|mean_key", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key, or by the mean key of 16 tokens (a quarter of the index)" },
     { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },
     { "recall_limit", INTEGER, AT(recall_limit), "", 1, 1 << 20, "most restores by recall, for each token that is decoded" },
     { "rewalk_tokens", INTEGER, AT(rewalk_tokens), "", 0, 512, "last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none" },
@@ -452,6 +452,9 @@ void config_check(const asrkf_config & config) {
     }
     if (config.recall == RECALL_MEAN_KEY && config.index != INDEX_AUTO && config.index != INDEX_F16) {
         invalid("recall=mean_key with a quantised index: a mean is rounded with every token that it takes up; use index=f16 or auto");
+    }
+    if (config.recall == RECALL_MEAN_KEY && config.score == SCORE_MAGNITUDE) {
+        invalid("recall=mean_key with score=magnitude: a block's mean says nothing of its tokens' |q.k|; use score=attention or recall=exact");
     }
     if (has_groups && n_sizes > 0) {
         invalid("layers with pools of their own (\"0-8@512/9-29@1024\") leave no use for pool: drop one of the two");

@@ -105,7 +105,7 @@ struct asrkf_stats {
     uint32_t frozen_cells;
     uint64_t tokens;                   /* of the sequence: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
-    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, and the newest queries */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
     uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers */
     uint64_t host_kv_bytes;            /* allocated for the host store */

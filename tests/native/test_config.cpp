@@ -62,6 +62,8 @@ TEST(refusals, "errors name key, value and remedy") {
     CHECK(says(thrown([] { config_parse("asrkf,pool"); }), "not key=value"));
     CHECK(says(thrown([] { config_parse("asrkf,pinned=5-3"); }), "empty range"));
     CHECK(says(thrown([] { config_parse("asrkf,layers=0-3"); }), "pool each"));
+    CHECK(says(thrown([] { config_parse("asrkf,recall=mean_key,index=q4_0"); }), "index=f16 or auto"));
+    CHECK(says(thrown([] { config_parse("paper,recall=mean_key"); }), "score=attention"));
     CHECK(says(thrown([] { config_parse("asrkf,pool=512,layers=0-3@256/4-5@256"); }), "drop one"));
     CHECK(says(thrown([] { config_parse("asrkf,pinned=" + std::string(1100, '1')); }), "longer than 1023"));
     CHECK(says(thrown([] { config_parse(""); }), "unknown"));
