@@ -651,15 +651,19 @@ def plot_quality(pyplot: Any, arguments: argparse.Namespace) -> Any:
     lengths = sorted({line["length"] for line in lines})
     if not lengths:
         raise ValueError(f"{source} has no row besides the reference's: run the quality bench with more sides")
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(7 * len(lengths), 5), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(lengths), figsize=(4 * len(lengths) + 2, 5), squeeze=False, sharey=True, layout="constrained")
+    sides = list(dict.fromkeys(line["side"] for line in sorted(lines, key=lambda line: line["kl"])))
+    markers = {side: ("osD^v"[i // 10 % 5], f"C{i % 10}") for i, side in enumerate(sides)}
+    drawn: dict[str, Any] = {}
     for axis, length in zip(axes[0], lengths, strict=True):
         for line in lines:
             if line["length"] == length:
-                axis.plot(line["device_bytes"] / MIB, line["kl"], "o")
-                axis.annotate(line["side"], (line["device_bytes"] / MIB, line["kl"]), xytext=(5, 4), textcoords="offset points")
-        axis.set(yscale="log", xlabel="KV on the device, MiB", ylabel="mean KL to the full F16 cache, nats", title=f"{length} tokens")
-        axis.margins(x=0.2)
+                marker, colour = markers[line["side"]]
+                drawn[line["side"]] = axis.plot(line["device_bytes"] / MIB, line["kl"], marker, color=colour)[0]
+        axis.set(yscale="log", xlabel="KV and index on the device, MiB", title=f"{length} tokens", xlim=(0, None))
         axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="mean KL to the full F16 cache, nats")
+    figure.legend([drawn[side] for side in sides], sides, loc="outside right upper")
     return figure
 
 

@@ -68,11 +68,11 @@ const char * asrkf_status_name(enum asrkf_status status) {
 }
 
 enum asrkf_status asrkf_config_default(int32_t policy, struct asrkf_config * out) {
-    return guarded([&] { need(out, "out"); *out = config_default(policy); });
+    return guarded([&] { need_struct(out, "out"); *out = config_default(policy); });
 }
 
 enum asrkf_status asrkf_config_parse(const char * text, struct asrkf_config * out) {
-    return guarded([&] { need(text, "text"); need(out, "out"); *out = config_parse(text); });
+    return guarded([&] { need(text, "text"); need_struct(out, "out"); *out = config_parse(text); });
 }
 
 enum asrkf_status asrkf_config_format(const struct asrkf_config * config, char * out, size_t size) {

@@ -24,6 +24,10 @@ int main(void) {
     uint64_t moved = 0;
 
     check(strlen(asrkf_version()) > 0, "there is a version");
+    config.struct_size = sizeof(config) - 1;
+    check(asrkf_config_parse("asrkf", &config) == ASRKF_INVALID_ARGUMENT, "a caller's struct of another size");
+    check(asrkf_config_default(ASRKF_POLICY_ASRKF, &config) == ASRKF_INVALID_ARGUMENT, "and for the defaults");
+    config.struct_size = sizeof(config);
     check(asrkf_config_parse(NULL, &config) == ASRKF_INVALID_ARGUMENT, "NULL text");
     check(asrkf_config_parse("asrkf", NULL) == ASRKF_INVALID_ARGUMENT, "NULL out");
     check(asrkf_config_parse("asrkf,pool=2048", &config) == ASRKF_OK && config.pool_cells == 2048, "a good string");

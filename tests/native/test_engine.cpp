@@ -45,6 +45,7 @@ struct options {
 llama_context * make_context(const char * policy, options o = {}) {
     if (policy) {
         asrkf_config config;
+        config.struct_size = sizeof(config);
         if (asrkf_config_parse(policy, &config) != ASRKF_OK || asrkf_next_context(&config) != ASRKF_OK) {
             return nullptr;
         }
@@ -571,6 +572,7 @@ TEST(two_threads, "two contexts in two threads keep their settings and errors ap
     for (int i = 0; i < 2; ++i) {
         threads.emplace_back([i, &good, &texts] {
             asrkf_config config;
+            config.struct_size = sizeof(config);
             asrkf_config_parse(i ? "asrkf,pool=512" : "window,pool=768", &config);
             asrkf_next_context(&config);
             llama_context_params params = llama_context_default_params();
