@@ -50,7 +50,7 @@ class FreezeConfig:
     """An active token's score counts this much more (0.2: a fifth)."""
     recall: Optional[str] = None
     """Frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key ("exact") or by
-    the mean key of 16 tokens ("mean_key": a quarter of the index, less exact); "off"."""
+    the mean key of 16 tokens ("mean_key": a smaller index, less exact); "off"."""
     recall_share: Optional[float] = None
     """Part of the history's cells for the blocks of 16 that the newest queries score best."""
     recall_limit: Optional[int] = None
