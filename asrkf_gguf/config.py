@@ -79,6 +79,9 @@ class FreezeConfig:
     """Most bytes of the host store ("8GiB"); 0: no limit."""
     moves: Optional[str] = None
     """"auto", "direct" (memcpy; device memory is host memory) or "staged" (through a staging buffer)."""
+    state: Optional[str] = None
+    """What a saved state holds: all tokens, and scores and timers ("own": loads here only), or llama.cpp's own format
+    ("upstream": all tokens, loads anywhere)."""
     seed: Optional[int] = None
     """Of the random score."""
 

@@ -253,7 +253,7 @@ class Llama(llama_cpp.Llama):
         capacity = self.n_ctx()
         positions = _native.ffi.new("int32_t[]", capacity)
         states = _native.ffi.new("uint8_t[]", capacity)
-        _native.check(_native.lib.asrkf_get_tokens(self._pointer, group, positions, states, capacity, n))
+        _native.check(_native.lib.asrkf_get_tokens(self._pointer, 0, group, positions, states, capacity, n))
         names = ("active", "active-copied", "frozen")
         return [(positions[i], names[states[i]]) for i in range(n[0])]
 
@@ -261,7 +261,7 @@ class Llama(llama_cpp.Llama):
         """Raw cache bytes of one token (K then V, layer by layer of the group), from wherever they are."""
         size = self.kv_stats().groups[group].token_bytes
         out = _native.ffi.new("uint8_t[]", size)
-        _native.check(_native.lib.asrkf_get_rows(self._pointer, group, position, out, size))
+        _native.check(_native.lib.asrkf_get_rows(self._pointer, 0, group, position, out, size))
         return bytes(_native.ffi.buffer(out, size))
 
     def kv_trace(self, capacity: int = 65536) -> KVTrace:

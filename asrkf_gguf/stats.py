@@ -37,7 +37,10 @@ class KVStats:
     pool_cells: int
     active_cells: int
     frozen_cells: int
+    n_sequences: int
+    """That have tokens."""
     tokens: int
+    """Of all sequences, those that they share once."""
     device_kv_bytes: int
     device_index_bytes: int
     """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries."""

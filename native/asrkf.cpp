@@ -171,12 +171,12 @@ enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t gro
     return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_group_stats(group); });
 }
 
-enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
-    return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_tokens(group, out_pos, out_state, capacity); });
+enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
+    return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_tokens(seq_id, group, out_pos, out_state, capacity); });
 }
 
-enum asrkf_status asrkf_get_rows(struct llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size) {
-    return guarded([&] { need(out, "out"); need_engine(ctx).get_rows(ctx, group, pos, static_cast<uint8_t *>(out), size); });
+enum asrkf_status asrkf_get_rows(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, void * out, size_t size) {
+    return guarded([&] { need(out, "out"); need_engine(ctx).get_rows(ctx, seq_id, group, pos, static_cast<uint8_t *>(out), size); });
 }
 
 enum asrkf_status asrkf_trace(struct llama_context * ctx, struct asrkf_step * buffer, size_t capacity) {

@@ -103,4 +103,23 @@ std::vector<uint32_t> default_scoring_layers(const std::vector<layer_budget> & l
 
 double prior_sensitivity(double depth_ratio) { return depth_ratio > 0.2 && depth_ratio < 0.8 ? 2.0 : 1.0; }
 
+std::vector<uint32_t> fair_shares(uint32_t pool_cells, const std::vector<uint32_t> & demands) {
+    std::vector<uint32_t> shares(demands.size(), 0), order(demands.size());
+    for (uint32_t i = 0; i < order.size(); ++i) {
+        order[i] = i;
+    }
+    std::sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return demands[a] != demands[b] ? demands[a] < demands[b] : a < b; });
+    uint32_t left = pool_cells, n = uint32_t(order.size());
+    for (const uint32_t i : order) { // the modest first: what they leave is for the others
+        shares[i] = std::min(demands[i], left / n--);
+        left -= shares[i];
+    }
+    n = uint32_t(order.size());
+    for (const uint32_t i : order) {
+        shares[i] += left / n;
+        left -= left / n--;
+    }
+    return shares;
+}
+
 } // namespace asrkf

@@ -34,6 +34,10 @@ std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, u
 // Two groups: the most sensitive layers, as many as predict the least loss, and the others; one if that predicts less.
 std::vector<group_budget> split_two (const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx);
 
+// Shares of a pool that several sequences want demands of, in cells: max-min fair. Nobody gets less than an equal part,
+// unless it wants less; what is left when all have what they want is shared out evenly.
+std::vector<uint32_t> fair_shares(uint32_t pool_cells, const std::vector<uint32_t> & demands);
+
 // Who scores where that was not measured: four of these layers, by relative depth. Measured on SmolLM2, where three sets of
 // four that were spaced otherwise lost up to twice as much.
 std::vector<uint32_t> default_scoring_layers(const std::vector<layer_budget> & layers);

@@ -1,5 +1,9 @@
-// The llama_memory_i that freezes: groups of layers, each with its own cells, pool, policy and host store, behind one
+// The llama_memory_i that freezes: groups of layers, each with its own cells, pool, policies and host store, behind one
 // attention input (patches/README.md). This is the only file that includes llama.cpp's own headers.
+//
+// A token's K and V rows are a record; sequences that share a prefix share its records. A record's bytes are in a cell, in
+// a slot of the host store, or both, and that is all that exists once: whether a token is active is a matter of each
+// sequence, and stands in the cell's own set of sequences. A frozen token's record always has a slot.
 //
 // A step (ubatch) is placed when it is applied, not when its batch is split: programs use batches of 2048 tokens on
 // pools of that size. Placing a step is: fold the last scores in, decide, move, find slots. Everything that can fail
@@ -24,6 +28,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <optional>
 
@@ -48,8 +53,6 @@ class group_cache final : public llama_kv_cache {
 public:
     using llama_kv_cache::llama_kv_cache;
 
-    const llama_kv_cells & cells() const { return v_cells[0]; }
-
     // K and V of each layer; the order defines a token's bytes in the host store
     std::vector<ggml_tensor *> row_tensors() const {
         std::vector<ggml_tensor *> tensors;
@@ -72,29 +75,71 @@ public:
         return n_bytes;
     }
 
-    void take_out(uint32_t cell) {
-        v_cells[0].rm(cell);
-        v_heads[0] = std::min(v_heads[0], cell); // the lowest free cell is used first: attention costs up to the highest
+    // Cells are numbered over all streams: tensors hold one stream's cells after the other's.
+    uint32_t n_cells() const { return get_size()*n_stream; }
+    uint32_t n_used() const {
+        uint32_t n = 0;
+        for (const auto & cells : v_cells) {
+            n += cells.get_used();
+        }
+        return n;
+    }
+    uint32_t first_cell_of(uint32_t seq) const { return seq_to_stream[seq]*get_size(); }
+    uint32_t cell_at(const slot_info & slot, uint32_t i) const { return slot.strm[i / slot.size()]*get_size() + slot.idxs[i / slot.size()][i % slot.size()]; }
+
+    bool     is_active(uint32_t cell, uint32_t seq) const { return v_cells[cell / get_size()].seq_has(cell % get_size(), llama_seq_id(seq)); }
+    uint32_t n_active(uint32_t cell) const { return uint32_t(v_cells[cell / get_size()].seq_count(cell % get_size())); }
+
+    // Out of a sequence's attention; true if no other has it active, so that the cell is free.
+    bool take_out(uint32_t cell, uint32_t seq) {
+        const uint32_t stream = cell / get_size(), i = cell % get_size();
+        if (!v_cells[stream].seq_rm(i, llama_seq_id(seq))) {
+            return false;
+        }
+        v_heads[stream] = std::min(v_heads[stream], i); // the lowest free cell is used first: attention costs up to the highest
+        return true;
     }
 
-    void put_back(uint32_t cell, llama_pos pos, const llama_kv_cell_ext & ext) {
-        v_cells[0].pos_set(cell, pos);
-        v_cells[0].ext_set(cell, ext);
-        v_cells[0].seq_add(cell, 0);
+    void put_in(uint32_t cell, llama_pos pos, llama_token token) {
+        llama_kv_cell_ext ext;
+        ext.tok = token;
+        v_cells[cell / get_size()].pos_set(cell % get_size(), pos);
+        v_cells[cell / get_size()].ext_set(cell % get_size(), ext);
+    }
+    void activate(uint32_t cell, uint32_t seq) { v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq)); }
+
+    void move_to(uint32_t cell, llama_pos pos) { // the row has been rotated already: see rotate()
+        auto & cells = v_cells[cell / get_size()];
+        const uint32_t i = cell % get_size();
+        const auto sequences = cells.seq_get_all(i);
+        const auto ext = cells.ext_get(i);
+        cells.rm(i);
+        cells.pos_set(i, pos);
+        cells.ext_set(i, ext);
+        for (uint32_t seq = 0; seq < sequences.size(); ++seq) {
+            if (sequences.test(seq)) {
+                cells.seq_add(i, llama_seq_id(seq));
+            }
+        }
     }
 
-    std::vector<uint32_t> free_cells(size_t n) const {
+    // n free cells where this sequence may have them, or fewer.
+    std::vector<uint32_t> free_cells(size_t n, uint32_t seq) const {
         std::vector<uint32_t> result;
-        for (uint32_t i = 0; i < v_cells[0].size() && result.size() < n; ++i) {
-            if (v_cells[0].is_empty(i)) {
-                result.push_back(i);
+        const uint32_t first = first_cell_of(seq);
+        const auto & cells = v_cells[seq_to_stream[seq]];
+        for (uint32_t i = 0; i < cells.size() && result.size() < n; ++i) {
+            if (cells.is_empty(i)) {
+                result.push_back(first + i);
             }
         }
         return result;
     }
+
+    void rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
 };
 
-// Where a token is in one group. Active: cell >= 0. With a host copy: slot >= 0. Never neither.
+// Where a record is in one group. On the device: cell >= 0. With a host copy: slot >= 0. Never neither.
 struct place {
     int32_t cell = -1;
     int32_t slot = -1;
@@ -102,13 +147,61 @@ struct place {
 
 struct group {
     std::vector<uint32_t>        layers;
+    uint32_t                     pool_cells = 0;  // all sequences together
     std::unique_ptr<group_cache> cache;
-    std::unique_ptr<policy>      rule;
+    std::vector<policy>          rules;           // by sequence
     std::unique_ptr<row_mover>   mover;           // null in a context without memory (no_alloc)
     std::unique_ptr<host_store>  store;
-    std::vector<place>           places;          // by token
-    std::vector<int32_t>         token_of;        // by cell, -1: none
-    uint32_t                     n_sealed = 0;    // tokens in sealed blocks (staged moves only)
+    std::vector<place>           places;          // by record
+    std::vector<uint32_t>        n_sealed;        // by sequence: tokens in sealed blocks (staged moves only)
+};
+
+// A token's K and V rows, in all groups. No bytes: where those are, each group knows.
+struct record {
+    llama_pos                 pos   = -1;
+    llama_token               token = LLAMA_TOKEN_NULL; // null: it came as an embedding, or from a state that does not say
+    llama_kv_cells::seq_set_t users;                    // the sequences that have it, active or frozen
+};
+
+// Positions of ranges that may overlap, each once.
+uint32_t count_positions(ranges sorted) {
+    std::sort(sorted.begin(), sorted.end());
+    uint32_t n = 0;
+    int32_t  counted_to = 0;
+    for (const auto & [from, to] : sorted) {
+        n += uint32_t(std::max(0, to - std::max(from, counted_to)));
+        counted_to = std::max(counted_to, to);
+    }
+    return n;
+}
+
+bool contains(const ranges & set, llama_pos pos) {
+    return std::any_of(set.begin(), set.end(), [&](const auto & range) { return pos >= range.first && pos < range.second; });
+}
+
+struct sequence {
+    sequence(const asrkf_config & config, uint32_t id, const ranges & pinned)
+        : rings(config.score_queries, id*(config.score_queries + PROMPT_END_QUERIES)),
+          trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed), pinned(pinned) {}
+
+    uint32_t n_tokens() const { return uint32_t(records.size()); }
+
+    std::vector<uint32_t> records;                      // by token, in order of position
+    query_rings           rings;
+    recovery_trigger      trigger;
+    ranges                pinned;
+    int32_t               output        = 0;            // the last call's last output, counted from the end: -1, -2, ...; 0: none
+    occasion              next_occasion = occasion::step;
+    occasion              reset         = occasion::step; // the last one that was not a step's, and where it came:
+    llama_pos             reset_pos     = -1;           // who goes back behind it, no further than a rewalk, gets the same again
+    llama_pos             call_begin    = -1;           // first position of the current call
+};
+
+// What a step brings one sequence.
+struct part {
+    uint32_t              seq;
+    std::vector<uint32_t> tokens; // of the ubatch
+    llama_pos             pos_end;
 };
 
 class memory;
@@ -154,13 +247,13 @@ public:
     bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); }       // the last tokens of a prompt, computed again
     bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
 
-    memory &             mem;
-    uint32_t             n_scored = 0; // index rows that this step's graph scores, 0: none
-    uint32_t             first_token = 0; // of this step, and how many
-    uint32_t             n_step_tokens = 0;
-    bool                 scores_prompt_end = false;
-    std::vector<int32_t> queries;      // which of them are kept, and where
-    std::vector<int64_t> query_rows;
+    memory &              mem;
+    branch_shape          shape;      // of this step's side branch
+    std::vector<uint32_t> records;    // of its tokens
+    std::vector<int32_t>  queries;    // which tokens' queries are kept, and where
+    std::vector<int64_t>  query_rows;
+    std::vector<uint32_t> scored;     // the sequences whose queries score
+    const bool            is_worst_case;
 
 private:
     const bool rewalks;
@@ -171,15 +264,14 @@ private:
 // The relevance branch of one graph.
 class side_input final : public llm_graph_input_i {
 public:
-    side_input(const memory_context * mctx, uint32_t n_tokens, relevance::branch branch) : mctx(mctx), n_tokens(n_tokens), branch(std::move(branch)) {}
+    side_input(const memory_context * mctx, relevance::branch branch) : mctx(mctx), branch(std::move(branch)) {}
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override {
         mctx = static_cast<const memory_context *>(params.mctx);
-        return mctx->n_scored == branch.n_scored && mctx->scores_prompt_end == branch.prompt_end && n_tokens == params.ubatch.n_tokens;
+        return mctx->shape == branch.shape;
     }
 
     const memory_context * mctx;
-    const uint32_t         n_tokens;
     relevance::branch      branch;
 };
 
@@ -192,7 +284,7 @@ public:
     llama_memory_context_ptr init_full() override { return std::make_unique<memory_context>(*this); }
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
-    bool get_can_shift() const override { return false; }
+    bool get_can_shift() const override { return first().cache->get_can_shift(); }
 
     void clear(bool data) override;
     bool seq_rm  (llama_seq_id seq_id, llama_pos p0, llama_pos p1) override;
@@ -201,8 +293,8 @@ public:
     void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
 
-    llama_pos seq_pos_min(llama_seq_id seq_id) const override { return seq_id == 0 && n_tokens() > 0 ? first().rule->pos(0) : -1; }
-    llama_pos seq_pos_max(llama_seq_id seq_id) const override { return seq_id == 0 && n_tokens() > 0 ? first().rule->pos(n_tokens() - 1) : -1; }
+    llama_pos seq_pos_min(llama_seq_id seq_id) const override { return has_tokens(seq_id) ? records[sequences[size_t(seq_id)].records.front()].pos : -1; }
+    llama_pos seq_pos_max(llama_seq_id seq_id) const override { return has_tokens(seq_id) ? records[sequences[size_t(seq_id)].records.back()].pos : -1; }
 
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override;
 
@@ -216,8 +308,8 @@ public:
     const asrkf_config & get_config() const override { return config; }
     asrkf_stats       get_stats(llama_context * ctx) const override;
     asrkf_group_stats get_group_stats(uint32_t index) const override;
-    size_t get_tokens(uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override;
-    void   get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t * out, size_t size) override;
+    size_t get_tokens(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override;
+    void   get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) override;
     void     set_trace(asrkf_step * buffer, size_t capacity) override { trace = buffer; trace_capacity = capacity; trace_count = 0; }
     uint64_t get_trace_count() const override { return trace_count; }
 
@@ -229,11 +321,11 @@ public:
     void build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il);
     void set_side_input(const memory_context & mctx, const relevance::branch & branch);
     void read_scores(llama_context & lctx, const memory_context & mctx);
-    // Is a prompt's end scored, and by more queries than a step: the worst case.
-    bool may_score_prompt_end() const { return config.rewalk_tokens >= 2 && first().rule->params.recall && config.score_queries < PROMPT_END_QUERIES; }
-    void step_computed(bool output) { rewalk_begin = -1; output_pending = output; }
+    branch_shape worst_shape(uint32_t n_tokens) const;
+    void step_computed(bool output);
 
     const asrkf_config         config;
+    const uint32_t             n_seq_max;
     std::vector<group>         groups;
     std::vector<uint32_t>      group_of_layer;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
@@ -249,74 +341,100 @@ private:
         }
         return uint32_t((sum + n - 1) / n);
     }
-    uint32_t n_tokens() const { return uint32_t(exts.size()); }
-    uint32_t lower_bound(llama_pos pos) const;
+    bool     has_tokens(llama_seq_id seq_id) const { return seq_id >= 0 && uint32_t(seq_id) < n_seq_max && sequences[size_t(seq_id)].n_tokens() > 0; }
+    uint32_t n_records() const { return uint32_t(records.size() - free_records.size()); }
+    uint32_t lower_bound(const sequence & s, llama_pos pos) const;
+    sequence & named(int32_t seq_id);
+    const sequence & named(int32_t seq_id) const { return const_cast<memory *>(this)->named(seq_id); }
     std::pair<uint32_t, uint32_t> token_range(int32_t seq_id, int32_t p0, int32_t p1) const;
-    uint32_t n_pinned() const;
-    bool     is_pinned(llama_pos pos) const;
+    uint32_t id_of(const sequence & s) const { return uint32_t(&s - sequences.data()); }
+    std::vector<llama_pos> positions_of(const sequence & s) const;
+
+    uint32_t floor_cells(const group & g) const { return g.pool_cells / n_seq_max; } // a sequence's share when all are there
+    void     share_pools(const std::vector<uint32_t> & n_new);
     void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
     void     make_groups(const std::vector<layer_budget> & layers);
     ggml_type index_type() const;
     uint32_t  index_tokens_per_row() const;
     uint32_t  n_index_rows() const;
+    uint32_t  n_ring_rows() const { return n_seq_max*(config.score_queries + PROMPT_END_QUERIES); }
     std::vector<uint32_t>      choose_scoring_layers(const std::vector<layer_budget> & layers, const std::vector<uint32_t> & measured) const;
     std::vector<scoring_layer> make_scoring_layers(bool offload) const;
     std::optional<llama_ubatch> rewalk_of(const std::vector<llama_ubatch> & ubatches) const;
-    occasion read_entropy();
+    void     read_entropy();
     void     check_host_limit(uint32_t n_new) const;
+    std::vector<part> parts_of(const llama_ubatch & ubatch) const;
 
+    struct demand { uint32_t seq; uint32_t n_new; llama_pos pos_end; occasion why; }; // room for n_new tokens before pos_end
     void synchronize();
     void prepare_to_move();
-    void decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why);
+    void decide_and_move(const std::vector<demand> & demands);
     uint64_t n_restores() const;
-    void record(asrkf_step step);
+    void record_step(asrkf_step step);
     void fold_scores_in();
-    void point_at_rows(memory_context & mctx, uint32_t n, bool scoring);
-    void reserve_host_room(group & g, const std::vector<uint32_t> & tokens);
-    void copy_to_host(group & g, const std::vector<uint32_t> & tokens);
-    void drop_cells(group & g, const std::vector<uint32_t> & tokens);
-    std::vector<uint32_t> copy_to_device(group & g, const std::vector<uint32_t> & tokens);
-    void fill_cells(group & g, const std::vector<uint32_t> & tokens, const std::vector<uint32_t> & cells);
-    void carry_out(group & g, const plan & p);
-    void seal(group & g, llama_pos pos_end);
-    void forget(uint32_t begin, uint32_t end);
-    struct row_part { const group * g; ggml_tensor * tensor; size_t row_bytes; size_t offset; }; // offset within a token's bytes
+    void prepare_side(memory_context & mctx, const std::vector<part> & parts, const std::vector<uint32_t> & scored, bool prompt_end);
+    void reserve_host_room(group & g, const std::vector<uint32_t> & ids);
+    void copy_to_host(group & g, const std::vector<uint32_t> & ids);
+    void carry_out(group & g, const std::vector<demand> & demands, const std::vector<plan> & plans);
+    void freeze_tokens(group & g, uint32_t seq, const std::vector<uint32_t> & tokens);
+    using wanted_tokens = std::vector<std::pair<uint32_t, std::vector<uint32_t>>>; // of each sequence
+    struct fetched { std::vector<uint32_t> ids, cells; };
+    fetched fetch(group & g, const wanted_tokens & wanted);
+    void make_active(group & g, const wanted_tokens & wanted, const fetched & got);
+    void drop_needless_copy(group & g, uint32_t id);
+    void seal(group & g, uint32_t seq, llama_pos pos_end);
+
+    uint32_t new_record(llama_pos pos, llama_token token, int64_t after);
+    uint32_t insert_token(sequence & s, uint32_t id);
+    void     free_record(uint32_t id);
+    void     forget(sequence & s, uint32_t begin, uint32_t end);
+    std::vector<uint32_t> clone_records(const std::vector<uint32_t> & ids, uint32_t seq);
+    void     shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const char * what, const std::function<llama_pos(llama_pos)> & moved);
+    void     rotate_rows(group & g, const std::vector<uint32_t> & ids, const std::vector<int32_t> & shifts);
+
+    struct row_part { size_t ig; ggml_tensor * tensor; size_t row_bytes; size_t offset; }; // offset within a token's bytes
     std::vector<row_part> row_parts() const;
+    void read_part(const row_part & part, uint32_t id, uint8_t * out) const;
     void check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const;
-    void index_from_host();
+    void write_policies(llama_io_write_i & io, llama_seq_id seq_id) const;
+    struct saved_sequence { uint32_t id; ranges pinned; std::vector<std::vector<uint8_t>> rules; };
+    std::vector<saved_sequence> read_policies(llama_io_read_i & io) const;
+    const std::string & model_name() const;
+    void index_records(const std::vector<uint32_t> & ids);
     void refuse(const std::string & text, asrkf_status status = ASRKF_UNSUPPORTED);
     void refuse(const std::exception & e);
 
-    const llama_model & model;
-    const uint32_t      n_ctx;
-    const uint32_t      n_ubatch;
-    const bool          no_alloc;
+    const llama_model &   model;
+    const llama_cparams & cparams;                       // of the context that owns this
+    const uint32_t        n_ctx;                         // all sequences together,
+    const uint32_t        n_ctx_seq;                     // and each
+    const uint32_t        n_ubatch;
+    const bool            unified;                       // all sequences in one set of cells; else each has its own (streams)
+    const bool            no_alloc;
 
-    llama_context *                lctx = nullptr; // learnt at the first update, which every decode begins with
-    std::vector<llama_kv_cell_ext> exts;           // by token: what a cell holds beside its position
-    ranges                         pinned;
+    llama_context *       lctx = nullptr;                // learnt at the first update, which every decode begins with
+    std::vector<record>   records;
+    std::vector<uint32_t> free_records;                  // the last is taken first
+    std::vector<sequence> sequences;
+    std::vector<uint32_t> in_flight;                     // records of a step that was placed and not computed yet
 
     // scores
-    std::unique_ptr<index_rows> rows;                   // null without a scorer
-    std::unique_ptr<query_rings> rings;
-    side_input *              side           = nullptr; // of the graph that is being built
-    const relevance::branch * scoring_branch = nullptr; // of the graph that runs
-    std::vector<uint32_t>     scoring_layers;           // one ranking serves all groups
-    ggml_backend_buffer_ptr   scores_buffer;            // means, then peaks, [n_scores] each, read back from the last scoring step:
-    uint32_t                  n_scores       = 0;       // pinned where the device offers it, and never moved: it may still be written
-    bool                      scores_pending = false;
+    std::unique_ptr<index_rows> rows;                    // null without a scorer
+    side_input *              side           = nullptr;  // of the graph that is being built
+    const relevance::branch * scoring_branch = nullptr;  // of the graph that runs
+    std::vector<uint32_t>     scoring_layers;            // one ranking serves all groups
+    ggml_backend_buffer_ptr   scores_buffer;             // means, then peaks, [n_scores] each, read back from the last scoring step:
+    uint32_t                  n_scores       = 0;        // pinned where the device offers it, and never moved: it may still be written
+    std::vector<uint32_t>     pending_scores;            // the sequences whose scores are there
 
     // calls
-    recovery_trigger trigger;
-    bool             output_pending = false;            // the last call had an output row
-    occasion         next_occasion  = occasion::step;
-    occasion         reset          = occasion::step;   // the last one that was not a step's, and where it came:
-    llama_pos        reset_pos      = -1;               // who goes back behind it, no further than a rewalk, gets the same again
-    bool             prompt_follows = false;            // the caller says that the next call continues the prompt
-    llama_pos        call_begin     = -1;               // first position of the current call
-    llama_pos        rewalk_begin   = -1;               // first position that is being computed again
-    bool             keep_store     = false;            // a state is being loaded into it
-    std::string      fault;                             // why the next decode must fail, until clear()
+    bool             output_pending = false;             // the last call had an output row
+    uint32_t         last_speaker   = 0;                 // the sequence whose entropy was read last
+    bool             prompt_follows = false;             // the caller says that the next call continues the prompt
+    llama_pos        rewalk_begin   = -1;                // first position that is being computed again
+    bool             keep_store     = false;             // a state is being loaded into it
+    std::string      fault;                              // why the next decode must fail, until clear()
+    mutable std::string own_fingerprint;                 // made when a state first needs it
 
     host_budget  budget;
     asrkf_stats  counters = {};
@@ -334,14 +452,14 @@ void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, 
 }
 
 memory_context::memory_context(memory & mem, std::vector<llama_ubatch> ubatches, bool rewalks, bool has_output)
-    : group_context(*this, mem.groups[0], ubatches), mem(mem), rewalks(rewalks), has_output(has_output) {
+    : group_context(*this, mem.groups[0], ubatches), mem(mem), is_worst_case(false), rewalks(rewalks), has_output(has_output) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i], ubatches));
     }
 }
 
 memory_context::memory_context(memory & mem)
-    : group_context(*this, mem.groups[0]), mem(mem), n_scored(mem.scorer ? mem.scorer->rows() : 0), scores_prompt_end(mem.may_score_prompt_end()), rewalks(false), has_output(false) {
+    : group_context(*this, mem.groups[0]), mem(mem), is_worst_case(true), rewalks(false), has_output(false) {
     for (size_t i = 1; i < mem.groups.size(); ++i) {
         others.push_back(std::make_unique<group_context>(*this, mem.groups[i]));
     }
@@ -358,7 +476,7 @@ bool memory_context::next() {
 bool memory_context::apply() { return is_rewalk() ? mem.place_rewalk(*this, ubatches[i_cur]) : mem.place_step(*this, ubatches[i_cur]); }
 
 void memory_context::on_computed(llama_context & lctx, const llm_graph_result &) {
-    if (n_scored > 0) {
+    if (shape.n_scored > 0) {
         mem.read_scores(lctx, *this);
     }
     mem.step_computed(has_output && i_cur + 1 == ubatches.size());
@@ -367,6 +485,46 @@ void memory_context::on_computed(llama_context & lctx, const llm_graph_result &)
 uint32_t memory_context::group_of(int32_t il) const { return mem.group_of_layer[size_t(il)]; }
 
 void side_input::set_input(const llama_ubatch *) { mctx->mem.set_side_input(*mctx, branch); }
+
+// Rows [n] of layer il's K, as stored, to other positions: upstream's own K-shift (llama_kv_cache::build_graph_shift), on the
+// host, since most of them may be there.
+void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const {
+    if (!hparams.has_rope(il) || hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return;
+    }
+    const ggml_tensor * k = k_of(il);
+    const int64_t n = int64_t(shifts.size()), n_rot = hparams.n_rot(il), n_head_kv = hparams.n_head_kv(il);
+    ggml_init_params params = { 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+    ggml_context_ptr holder(ggml_init(params));
+    ggml_context * ctx = holder.get();
+    ggml_tensor * all     = ggml_new_tensor_2d(ctx, k->type, k->ne[0], n);
+    ggml_tensor * by      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    ggml_tensor * rot     = build_input_k_rot(ctx);
+    ggml_tensor * source  = model.get_rope_factors(cparams, int(il));
+    ggml_tensor * factors = source ? ggml_dup_tensor(ctx, source) : nullptr;
+    ggml_tensor * heads   = ggml_view_3d(ctx, all, n_rot, n_head_kv, n, ggml_row_size(k->type, hparams.n_embd_head_k(il)), all->nb[1], 0);
+    ggml_cgraph * graph   = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, build_rope_shift(cparams, ctx, heads, by, rot, factors, model.get_rope_freq_base(cparams, int(il)),
+            model.get_rope_freq_scale(cparams, int(il)), il));
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
+    if (!buffer) {
+        throw error(ASRKF_INTERNAL, "no host memory to rotate keys in");
+    }
+    ggml_backend_tensor_set(all, rows.data(), 0, rows.size());
+    ggml_backend_tensor_set(by, shifts.data(), 0, ggml_nbytes(by));
+    if (rot) {
+        set_input_k_rot(rot);
+    }
+    if (source) {
+        std::vector<uint8_t> bytes(ggml_nbytes(source));
+        ggml_backend_tensor_get(source, bytes.data(), 0, bytes.size());
+        ggml_backend_tensor_set(factors, bytes.data(), 0, bytes.size());
+    }
+    if (ggml_backend_graph_compute(cpu, graph) != GGML_STATUS_SUCCESS) {
+        throw error(ASRKF_MOVE_FAILED, "the keys of shifted positions could not be rotated");
+    }
+    ggml_backend_tensor_get(all, rows.data(), 0, rows.size());
+}
 
 //
 // creation
@@ -416,9 +574,6 @@ void check_context(const llama_model & model, const llama_memory_params & params
     }
     if (cparams.embeddings) {
         unsupported("an embedding context has nothing to freeze: drop embedding=True, or use kv_policy=\"full\"");
-    }
-    if (cparams.n_seq_max > 1) {
-        unsupported(format("n_seq_max = %u: the policy serves one sequence; pass -np 1 (n_seq_max=1)", cparams.n_seq_max));
     }
     if (!cparams.flash_attn) {
         unsupported("flash attention is off, and then V is stored transposed: pass flash_attn=True (-fa on)");
@@ -486,8 +641,11 @@ std::string fingerprint(const llama_model & model) {
 }
 
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
-    : config(config), model(model), n_ctx(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch), no_alloc(model.hparams.no_alloc), pinned(parse_positions("pinned", config.pinned)),
-      trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed) {
+    : config(config), n_seq_max(cparams.n_seq_max), model(model), cparams(cparams), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch),
+      unified(cparams.kv_unified || cparams.n_seq_max == 1), no_alloc(model.hparams.no_alloc) {
+    for (uint32_t seq = 0; seq < n_seq_max; ++seq) {
+        sequences.emplace_back(config, seq, parse_positions("pinned", config.pinned));
+    }
     const auto & hparams = model.hparams;
     const uint32_t n_layer = hparams.n_layer_all;
 
@@ -536,19 +694,17 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
 
     // refuse before anything is allocated
     for (const group & g : groups) {
-        check_pool(g, n_ubatch, n_pinned());
+        check_pool(g, n_ubatch, count_positions(sequences[0].pinned));
     }
 
     budget.limit_bytes = config.host_limit;
     ggml_backend_buffer_type_t scores_buft = ggml_backend_cpu_buffer_type();
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
-        const uint32_t pool_cells = g.rule->params.pool_cells;
         const auto filter = [&](int32_t il) { return group_of_layer[size_t(il)] == ig; };
         const std::string tag = groups.size() == 1 ? "" : "g" + std::to_string(ig) + "_";
         g.cache = std::make_unique<group_cache>(model, hparams, params.type_k, params.type_v, /*v_trans*/ false, cparams.offload_kqv,
-                /*unified*/ true, pool_cells, /*n_seq_max*/ 1, /*n_pad*/ 1, /*n_swa*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
-        g.token_of.assign(pool_cells, -1);
+                unified, unified ? g.pool_cells : floor_cells(g), n_seq_max, /*n_pad*/ 1, /*n_swa*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
 
         if (!no_alloc) {
             g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
@@ -557,8 +713,8 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
             scores_buft = buft = buft ? buft : ggml_backend_cpu_buffer_type();
             g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
         }
-        LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, window %u, steps of at most %u tokens\n", __func__,
-                policy_name(config.policy), ig, g.layers.size(), pool_cells, n_ctx, g.rule->params.window, g.rule->max_ubatch());
+        LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n", __func__,
+                policy_name(config.policy), ig, g.layers.size(), g.pool_cells, n_ctx, n_seq_max, g.rules[0].params.window, g.rules[0].max_ubatch());
     }
 
     // a scoring layer adds up to 150 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
@@ -570,9 +726,8 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     if (!scoring_layers.empty()) {
         const uint32_t tokens_per_row = index_tokens_per_row(), n_rows = n_index_rows();
         rows   = std::make_unique<index_rows>(n_rows, tokens_per_row);
-        scorer = std::make_unique<relevance>(make_scoring_layers(cparams.offload_kqv), n_rows, tokens_per_row, config.score_queries, index_type(), score_kind(config.score),
+        scorer = std::make_unique<relevance>(make_scoring_layers(cparams.offload_kqv), n_rows, tokens_per_row, n_ring_rows(), index_type(), score_kind(config.score),
                 hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
-        rings  = std::make_unique<query_rings>(config.score_queries);
         scores_buffer.reset(ggml_backend_buft_alloc_buffer(scores_buft, 2*n_rows*sizeof(float)));
         if (!scores_buffer) {
             throw error(ASRKF_INTERNAL, "no host memory for the scores");
@@ -640,7 +795,7 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
         if (config.pool_bytes && !scoring_layers.empty()) { // the index is part of the bound
             const auto & hparams = model.hparams;
             const uint64_t layer_bytes = (n_index_rows() + 1)*ggml_row_size(index_type(), hparams.n_embd_k_gqa(layers[0].il)) // and the ring, and alignment
-                + (config.score_queries + PROMPT_END_QUERIES)*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
+                + n_ring_rows()*hparams.n_embd_head_k(layers[0].il)*hparams.n_head(layers[0].il)*sizeof(float) + 1024;
             const uint64_t index_bytes = scoring_layers.size()*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
             if (config.pool_bytes < least_bytes) {
                 throw error(ASRKF_INVALID_ARGUMENT, format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
@@ -650,7 +805,8 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
         }
         const uint32_t mean_cells = resolve_pool(whole, n_ctx, token_bytes);
         // the least that check_pool() takes, with a window of half a pool
-        const uint32_t least = 2*(config.sinks + n_pinned() + std::min(n_ubatch, config.block) + 2*config.block) + config.window;
+        const uint32_t least_share = 2*(config.sinks + count_positions(sequences[0].pinned) + std::min(n_ubatch, config.block) + 2*config.block) + config.window;
+        const uint32_t least = n_seq_max*(unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
         if (mode == "shared" || mean_cells >= n_ctx || layers.size() == 1) {
             plans.push_back({ {}, mean_cells });
             for (const layer_budget & l : layers) {
@@ -662,8 +818,18 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
     }
     groups.resize(plans.size());
     for (size_t ig = 0; ig < plans.size(); ++ig) {
-        groups[ig].layers = plans[ig].layers;
-        groups[ig].rule   = std::make_unique<policy>(make_policy_params(config, plans[ig].pool_cells));
+        group & g = groups[ig];
+        g.layers     = plans[ig].layers;
+        g.pool_cells = plans[ig].pool_cells;
+        if (!unified) { // each stream's cells are a pool of their own, of whole units
+            g.pool_cells = g.pool_cells / n_seq_max / POOL_PAD_CELLS * POOL_PAD_CELLS * n_seq_max;
+            if (g.pool_cells == 0) {
+                throw error(ASRKF_POOL_FULL, format("pool of %u cells has less than %u for each of %u sequences: raise kv_pool to at least %u, or share one pool (kv_unified, -kvu)",
+                        plans[ig].pool_cells, POOL_PAD_CELLS, n_seq_max, n_seq_max*POOL_PAD_CELLS));
+            }
+        }
+        g.rules.assign(n_seq_max, policy(make_policy_params(config, unified ? g.pool_cells : floor_cells(g))));
+        g.n_sealed.assign(n_seq_max, 0);
         for (const uint32_t il : plans[ig].layers) {
             group_of_layer[il] = uint32_t(ig);
         }
@@ -704,15 +870,42 @@ std::vector<scoring_layer> memory::make_scoring_layers(bool offload) const {
     return result;
 }
 
+// A sequence must be able to live on its floor: what it gets of the pool when all the others are there, too.
 void memory::check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const {
-    const policy_params & p = g.rule->params;
+    const uint32_t cells = floor_cells(g);
+    const policy_params p = make_policy_params(config, cells);
     const uint64_t required = policy::required_cells(p, n_ubatch, pinned_tokens);
-    if (required > p.pool_cells) {
-        // an automatic window is half of the pool, so the rest has to fit into the other half
-        const uint64_t least = config.window ? required : 2*(required - p.window);
-        const uint64_t least_padded = (least + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS;
-        throw error(ASRKF_POOL_FULL, format("pool of %u cells cannot hold sinks %u + window %u + pinned %u + batch %u + two blocks of %u: raise kv_pool to at least %llu or lower %s",
-                p.pool_cells, p.sinks, p.window, pinned_tokens, std::min(n_ubatch, p.block), p.block, (unsigned long long) least_padded, config.window ? "window" : "the pinned ranges"));
+    if (required > cells) {
+        // an automatic window is half of the share, so the rest has to fit into the other half
+        const uint64_t least = n_seq_max*(config.window ? required : 2*(required - p.window)), unit = unified ? POOL_PAD_CELLS : n_seq_max*POOL_PAD_CELLS;
+        const std::string whose = n_seq_max == 1 ? "" : format(", of which each of %u sequences must get %u,", n_seq_max, cells);
+        throw error(ASRKF_POOL_FULL, format("pool of %u cells%s cannot hold sinks %u + window %u + pinned %u + batch %u + two blocks of %u: raise kv_pool to at least %llu or lower %s",
+                g.pool_cells, whose.c_str(), p.sinks, p.window, pinned_tokens, std::min(n_ubatch, p.block), p.block, (unsigned long long) ((least + unit - 1) / unit * unit),
+                n_seq_max > 1 ? "the number of sequences (-np)" : config.window ? "window" : "the pinned ranges"));
+    }
+}
+
+// What each live sequence may have of each pool while a batch is computed that brings n_new tokens to each.
+void memory::share_pools(const std::vector<uint32_t> & n_new) {
+    uint64_t n_distinct = n_records();
+    std::vector<uint32_t> live, demands;
+    for (const sequence & s : sequences) {
+        const uint32_t n = s.n_tokens() + n_new[id_of(s)];
+        n_distinct += n_new[id_of(s)];
+        if (n > 0) {
+            live.push_back(id_of(s));
+            demands.push_back(n);
+        }
+    }
+    for (group & g : groups) {
+        if (!unified) {
+            continue; // each has its own cells
+        }
+        // records that are shared count once: where all fits, nobody has to give anything up
+        const std::vector<uint32_t> shares = n_distinct <= g.pool_cells ? std::vector<uint32_t>(live.size(), g.pool_cells) : fair_shares(g.pool_cells, demands);
+        for (size_t i = 0; i < live.size(); ++i) {
+            g.rules[live[i]].resize(shares[i]);
+        }
     }
 }
 
@@ -758,30 +951,55 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         if (!fault.empty()) {
             unsupported(fault);
         }
-        uint32_t n_step = n_ubatch_max;
-        for (const group & g : groups) {
-            n_step = std::min(n_step, g.rule->max_ubatch());
+        const llama_batch & batch = balloc.get_batch();
+        std::vector<uint32_t> n_new(n_seq_max, 0);
+        for (int32_t i = 0; i < batch.n_tokens; ++i) {
+            for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
+                named(batch.seq_id[i][j]); // checks
+                n_new[size_t(batch.seq_id[i][j])]++;
+            }
         }
-        if (n_tokens() + balloc.get_n_tokens() > n_ctx) {
-            throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and %u new ones do not fit into n_ctx %u", n_tokens(), balloc.get_n_tokens(), n_ctx));
+        if (n_records() + balloc.get_n_tokens() > n_ctx) {
+            throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and %u new ones do not fit into n_ctx %u", n_records(), balloc.get_n_tokens(), n_ctx));
+        }
+        for (const sequence & s : sequences) {
+            if (s.n_tokens() + n_new[id_of(s)] > n_ctx_seq) {
+                throw error(ASRKF_POOL_FULL, format("context is full: %u tokens of sequence %u and %u new ones do not fit into its %u", s.n_tokens(), id_of(s), n_new[id_of(s)], n_ctx_seq));
+            }
         }
         check_host_limit(balloc.get_n_tokens());
+        read_entropy();
+        share_pools(n_new);
+        uint32_t n_step = n_ubatch_max;
+        for (const group & g : groups) {
+            for (const sequence & s : sequences) {
+                if (n_new[id_of(s)] > 0) {
+                    n_step = std::min(n_step, g.rules[id_of(s)].max_ubatch());
+                }
+            }
+        }
 
         balloc.split_reset();
         std::vector<llama_ubatch> ubatches;
-        for (llama_ubatch ubatch = balloc.split_simple(n_step); ubatch.n_tokens > 0; ubatch = balloc.split_simple(n_step)) {
-            for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-                if (ubatch.n_seq_id[i] != 1 || ubatch.seq_id[i][0] != 0) {
-                    unsupported("a batch names a sequence other than 0: the policy serves one sequence; pass -np 1");
-                }
-            }
+        const auto split = [&] { return unified ? balloc.split_simple(n_step) : balloc.split_equal(n_step, true, 0); };
+        for (llama_ubatch ubatch = split(); ubatch.n_tokens > 0; ubatch = split()) {
             ubatches.push_back(std::move(ubatch));
         }
-        if (ubatches.empty()) {
-            throw error(ASRKF_INTERNAL, "the batch could not be split");
+        if (ubatches.empty() || balloc.get_n_used() < balloc.get_n_tokens()) {
+            throw error(ASRKF_INVALID_ARGUMENT, "the batch could not be split: tokens that belong to several sequences need one pool for all (kv_unified, -kvu)");
         }
-        next_occasion = read_entropy();
-        call_begin    = ubatches[0].pos[0];
+        for (sequence & s : sequences) {
+            s.call_begin = -1;
+            s.output     = 0;
+        }
+        int32_t n_outputs = int32_t(balloc.get_n_outputs());
+        for (int32_t i = 0; i < batch.n_tokens; ++i) {
+            sequence & s = sequences[size_t(batch.seq_id[i][0])];
+            s.call_begin = s.call_begin < 0 ? batch.pos[i] : std::min(s.call_begin, batch.pos[i]);
+            if (batch.logits[i]) {
+                s.output = -n_outputs--;
+            }
+        }
         const bool has_output = balloc.get_n_outputs() > 0 && !prompt_follows; // in the middle of a prompt there is one only by habit
         std::optional<llama_ubatch> again = prompt_follows ? std::nullopt : rewalk_of(ubatches);
         if (again) { // the outputs are those of the second time
@@ -795,64 +1013,87 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
     }
 }
 
+// What a ubatch brings each of its sequences.
+std::vector<part> memory::parts_of(const llama_ubatch & ubatch) const {
+    std::vector<part> parts;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            const uint32_t seq = uint32_t(ubatch.seq_id[i][j]);
+            auto found = std::find_if(parts.begin(), parts.end(), [&](const part & p) { return p.seq == seq; });
+            if (found == parts.end()) {
+                parts.push_back({ seq, {}, seq_pos_max(llama_seq_id(seq)) + 1 });
+                found = parts.end() - 1;
+            }
+            found->tokens.push_back(i);
+            found->pos_end = std::max(found->pos_end, ubatch.pos[i] + 1);
+        }
+    }
+    return parts;
+}
+
 // The end of a prompt that will not fit its pool: its last tokens once more, as a step of their own, to be computed when
-// the blocks that they ask for are back. Such an end is several tokens with one output, the last.
+// the blocks that they ask for are back. Such an end is several tokens of one sequence with one output, the last.
 std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & ubatches) const {
-    uint32_t n_new = 0, n_outputs = 0, least_pool = n_ctx, n = config.rewalk_tokens;
+    const llama_seq_id seq_id = ubatches[0].seq_id[0][0];
+    const sequence & s = sequences[size_t(seq_id)];
+    uint32_t n_new = 0, n_outputs = 0, least_pool = n_ctx, least_window = n_ctx, n = config.rewalk_tokens;
     for (const llama_ubatch & u : ubatches) {
-        if (!u.token) {
-            return std::nullopt;
+        for (uint32_t i = 0; i < u.n_tokens; ++i) {
+            if (!u.token || u.n_seq_id[i] != 1 || u.seq_id[i][0] != seq_id) {
+                return std::nullopt;
+            }
         }
         n_new += u.n_tokens;
         n_outputs += uint32_t(std::count_if(u.output, u.output + u.n_tokens, [](int8_t o) { return o != 0; }));
     }
     for (const group & g : groups) {
-        least_pool = std::min(least_pool, g.rule->params.pool_cells);
-        n = std::min({ n, g.rule->params.window, g.rule->max_ubatch(), n_ubatch });
+        const policy & rule = g.rules[size_t(seq_id)];
+        least_pool   = std::min(least_pool, rule.params.pool_cells);
+        least_window = std::min(least_window, rule.params.window);
+        n = std::min({ n, rule.params.window, rule.max_ubatch(), n_ubatch });
     }
     const llama_ubatch & last = ubatches.back();
-    n = std::min(n, n_tokens() + n_new);
-    if (!scorer || !first().rule->params.recall || n_new < 2 || n_outputs != 1 || !last.output[last.n_tokens - 1] || n < 2 || n_tokens() + n_new <= least_pool) {
+    if (!scorer || !first().rules[0].params.recall || n_new < 2 || n_outputs != 1 || !last.output[last.n_tokens - 1] || s.n_tokens() + n_new <= least_pool) {
         return std::nullopt;
     }
-    const auto & cparams = lctx->get_cparams();
     if (cparams.embeddings_nextn || std::count(cparams.embeddings_layer_inp.begin(), cparams.embeddings_layer_inp.end(), true)) {
         return std::nullopt; // a draft model reads every token's hidden state, once
     }
-    auto data = std::make_shared<llama_ubatch::data_t>();
-    std::vector<llama_token> tokens;
-    std::vector<llama_pos>   positions;
-    for (uint32_t i = n_tokens() - std::min(n_tokens(), n); i < n_tokens(); ++i) {
-        tokens.push_back(exts[i].tok);
-        positions.push_back(first().rule->pos(i));
+    // the newest tokens, back to one that may not be computed again: a record that is shared, that came as an embedding, or
+    // from a state that does not hold its token; and no further than the window, which is sure to be in the pool
+    std::vector<std::pair<llama_pos, llama_token>> tokens;
+    for (auto u = ubatches.rbegin(); u != ubatches.rend(); ++u) {
+        for (uint32_t i = u->n_tokens; i-- > 0; ) {
+            tokens.emplace_back(u->pos[i], u->token[i]);
+        }
     }
-    for (const llama_ubatch & u : ubatches) {
-        tokens.insert(tokens.end(), u.token, u.token + u.n_tokens);
-        positions.insert(positions.end(), u.pos, u.pos + u.n_tokens);
+    for (uint32_t i = s.n_tokens(); i-- > 0 && tokens.size() < n; ) {
+        const record & r = records[s.records[i]];
+        if (r.users.count() != 1 || r.token == LLAMA_TOKEN_NULL) {
+            break;
+        }
+        tokens.emplace_back(r.pos, r.token);
     }
-    uint32_t least_window = n_ctx;
-    for (const group & g : groups) {
-        least_window = std::min(least_window, g.rule->params.window);
-    }
-    while (n > 0 && positions[positions.size() - n] <= positions.back() - llama_pos(least_window)) {
-        n--; // positions may have holes, and only the window is sure to be in the pool
+    n = std::min(n, uint32_t(tokens.size()));
+    while (n > 0 && tokens[n - 1].first <= tokens[0].first - llama_pos(least_window)) {
+        n--; // positions may have holes
     }
     if (n < 2) {
         return std::nullopt;
     }
-    data->token.assign(tokens.end() - n, tokens.end());
-    data->pos.assign(positions.end() - n, positions.end());
-    if (std::count(data->token.begin(), data->token.end(), LLAMA_TOKEN_NULL)) {
-        return std::nullopt; // it came as an embedding, or from a state that does not hold it
+    auto data = std::make_shared<llama_ubatch::data_t>();
+    for (uint32_t i = n; i-- > 0; ) {
+        data->pos.push_back(tokens[i].first);
+        data->token.push_back(tokens[i].second);
     }
     data->n_seq_id.assign(n, 1);
-    data->seq_id_data.assign(n, 0);
+    data->seq_id_data.assign(n, seq_id);
     for (uint32_t i = 0; i < n; ++i) {
         data->seq_id.push_back(&data->seq_id_data[i]);
     }
-    data->seq_id_unq = { 0 };
+    data->seq_id_unq = { seq_id };
     data->seq_idx.assign(LLAMA_MAX_SEQ, -1);
-    data->seq_idx[0] = 0;
+    data->seq_idx[size_t(seq_id)] = 0;
     data->output.assign(n, 0);
     data->output[n - 1] = 1;
     data->batch_idxs.assign(n, -1);
@@ -860,23 +1101,32 @@ std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & 
         data->seq_idx.data(), data->output.data(), data };
 }
 
-// The entropy of the last call's last output, which the caller has had by now, and what it calls for.
-occasion memory::read_entropy() {
+// The entropy of each sequence's last output in the last call, which the caller has had by now, and what it calls for.
+void memory::read_entropy() {
     if (!std::exchange(output_pending, false) || (config.recovery == RECOVERY_OFF && !trace)) {
-        return occasion::step;
+        return;
     }
     stopwatch watch(counters.policy_seconds);
     synchronize();
-    const float * logits = lctx->get_logits_ith(-1);
-    if (!logits || n_tokens() == 0) {
-        return occasion::step;
+    for (sequence & s : sequences) {
+        const float * logits = s.output < 0 && s.n_tokens() > 0 ? lctx->get_logits_ith(s.output) : nullptr;
+        if (!logits) {
+            continue;
+        }
+        last_speaker = id_of(s);
+        switch (s.trigger.observe(entropy_of(logits, size_t(model.vocab.n_tokens())), records[s.records.back()].token)) {
+            case RECOVERY_SOFT:   counters.recoveries_soft_total++;   s.next_occasion = occasion::soft_reset;   break;
+            case RECOVERY_WINDOW: counters.recoveries_window_total++; s.next_occasion = occasion::window_reset; break;
+            case RECOVERY_FULL:   counters.recoveries_full_total++;   s.next_occasion = occasion::full_reset;   break;
+            default:              break;
+        }
     }
-    switch (trigger.observe(entropy_of(logits, size_t(model.vocab.n_tokens())), exts.back().tok)) {
-        case RECOVERY_SOFT:   counters.recoveries_soft_total++;   return occasion::soft_reset;
-        case RECOVERY_WINDOW: counters.recoveries_window_total++; return occasion::window_reset;
-        case RECOVERY_FULL:   counters.recoveries_full_total++;   return occasion::full_reset;
-        default:              return occasion::step;
-    }
+}
+
+void memory::step_computed(bool output) {
+    rewalk_begin   = -1;
+    output_pending = output;
+    in_flight.clear();
 }
 
 llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimize*/) {
@@ -894,8 +1144,8 @@ void memory::check_host_limit(uint32_t n_new) const {
     }
     uint64_t needed_bytes = 0;
     for (const group & g : groups) {
-        const uint64_t total = uint64_t(n_tokens()) + n_new, pool_cells = g.rule->params.pool_cells;
-        needed_bytes += (total > pool_cells ? total - pool_cells : 0)*g.mover->token_bytes();
+        const uint64_t total = uint64_t(n_records()) + n_new;
+        needed_bytes += (total > g.pool_cells ? total - g.pool_cells : 0)*g.mover->token_bytes();
     }
     if (needed_bytes > budget.limit_bytes) {
         throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes cannot hold what must be frozen for %u more tokens (at least %llu bytes): "
@@ -903,20 +1153,37 @@ void memory::check_host_limit(uint32_t n_new) const {
     }
 }
 
-void memory::decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why) {
+// Room for what the step brings, in every group, and in the shares of those that have more than theirs.
+void memory::decide_and_move(const std::vector<demand> & wanted) {
     fold_scores_in();
-    std::vector<plan> plans;
+    std::vector<demand> demands = wanted;
+    for (const sequence & s : sequences) {
+        const uint32_t seq = id_of(s);
+        const bool in_step = std::any_of(wanted.begin(), wanted.end(), [&](const demand & d) { return d.seq == seq; });
+        if (!in_step && std::any_of(groups.begin(), groups.end(), [&](const group & g) { return g.rules[seq].n_active() > g.rules[seq].params.pool_cells; })) {
+            demands.push_back({ seq, 0, seq_pos_max(llama_seq_id(seq)) + 1, occasion::step });
+        }
+    }
+    std::vector<std::vector<plan>> plans(groups.size());
     for (const bool frugal : { false, true }) {
-        plans.clear();
         {
             stopwatch watch(counters.policy_seconds);
-            for (const group & g : groups) {
-                plans.push_back(g.rule->decide(n_new, pos_new, why, frugal));
+            for (size_t ig = 0; ig < groups.size(); ++ig) {
+                plans[ig].clear();
+                for (const demand & d : demands) {
+                    plans[ig].push_back(groups[ig].rules[d.seq].decide(d.n_new, d.pos_end - int32_t(d.n_new), d.why, frugal));
+                }
             }
         }
         try {
             for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
-                reserve_host_room(groups[ig], plans[ig].freeze);
+                std::vector<uint32_t> ids;
+                for (size_t i = 0; i < demands.size(); ++i) {
+                    for (const uint32_t t : plans[ig][i].freeze) {
+                        ids.push_back(sequences[demands[i].seq].records[t]);
+                    }
+                }
+                reserve_host_room(groups[ig], ids);
             }
             break;
         } catch (const error & e) { // an exchange needs more room than it leaves taken: near the limit, only what must be
@@ -927,8 +1194,10 @@ void memory::decide_and_move(uint32_t n_new, llama_pos pos_new, occasion why) {
     }
     stopwatch watch(counters.moves_seconds);
     for (size_t ig = 0; ig < groups.size(); ++ig) {
-        carry_out(groups[ig], plans[ig]);
-        seal(groups[ig], pos_new + llama_pos(n_new));
+        carry_out(groups[ig], demands, plans[ig]);
+        for (const demand & d : demands) {
+            seal(groups[ig], d.seq, d.pos_end);
+        }
     }
 }
 
@@ -938,61 +1207,75 @@ uint64_t memory::n_restores() const {
 
 bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
     try {
-        const uint32_t  n       = ubatch.n_tokens;
-        const llama_pos pos_new = ubatch.pos[0];
-        const uint64_t  freezes = counters.freezes_total, restores = n_restores();
+        const uint32_t n = ubatch.n_tokens;
+        const uint64_t freezes = counters.freezes_total, restores = n_restores();
         const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
 
-        occasion why = std::exchange(next_occasion, occasion::step);
-        if (why == occasion::step && pos_new < reset_pos && pos_new >= reset_pos - llama_pos(config.rewalk_tokens)) {
-            why = reset;
+        const std::vector<part> parts = parts_of(ubatch);
+        std::vector<demand> demands;
+        for (const part & p : parts) {
+            sequence & s = sequences[p.seq];
+            const uint32_t  n_new   = uint32_t(p.tokens.size());
+            const llama_pos pos_new = p.pos_end - llama_pos(n_new);
+            occasion why = std::exchange(s.next_occasion, occasion::step);
+            if (why == occasion::step && pos_new < s.reset_pos && pos_new >= s.reset_pos - llama_pos(config.rewalk_tokens)) {
+                why = s.reset;
+            }
+            demands.push_back({ p.seq, n_new, p.pos_end, why });
         }
-        decide_and_move(n, pos_new, why);
-        if (why != occasion::step) {
-            reset     = why;
-            reset_pos = pos_new;
+        decide_and_move(demands);
+        for (const demand & d : demands) {
+            if (d.why != occasion::step) {
+                sequences[d.seq].reset     = d.why;
+                sequences[d.seq].reset_pos = d.pos_end - llama_pos(d.n_new);
+            }
         }
 
         std::vector<llama_kv_cache::slot_info> slots;
         for (const group & g : groups) {
             slots.push_back(g.cache->find_slot(ubatch, false));
             if (slots.back().empty()) {
-                throw error(ASRKF_INTERNAL, format("no %u free cells after a decision (%u of %u used)", n, g.cache->cells().get_used(), g.cache->get_size()));
+                throw error(ASRKF_INTERNAL, format("no %u free cells after a decision (%u of %u used)", n, g.cache->n_used(), g.cache->n_cells()));
             }
         }
 
-        bool scoring = mctx.is_before_rewalk();
-        for (const group & g : groups) {
-            scoring |= g.rule->scores_due(n);
-        }
-        for (uint32_t i = 0; i < n; ++i) {
-            llama_kv_cell_ext ext;
-            ext.tok = ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL;
-            exts.push_back(ext);
-            if (rows) {
-                rows->append();
+        // as many sequences as queries fit: the others are still due at the next step
+        const bool prompt_end = mctx.is_before_rewalk();
+        const size_t n_most = std::max<size_t>(1, PROMPT_END_QUERIES / config.score_queries);
+        std::vector<uint32_t> scored;
+        for (const part & p : parts) {
+            const bool due = prompt_end || std::any_of(groups.begin(), groups.end(), [&](const group & g) { return g.rules[p.seq].scores_due(uint32_t(p.tokens.size())); });
+            if (scorer && due && scored.size() < n_most) {
+                scored.push_back(p.seq);
             }
         }
+
+        mctx.records.clear();
+        for (uint32_t i = 0; i < n; ++i) { // the first of its sequences knows what it follows
+            const sequence & s = sequences[size_t(ubatch.seq_id[i][0])];
+            const bool follows = ubatch.n_seq_id[i] == 1 && s.n_tokens() > 0 && records[s.records.back()].users.count() == 1;
+            mctx.records.push_back(new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, follows ? int64_t(s.records.back()) : -1));
+            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+                insert_token(sequences[size_t(ubatch.seq_id[i][j])], mctx.records.back());
+            }
+        }
+        in_flight = mctx.records;
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
             group & g = groups[ig];
             g.cache->apply_ubatch(slots[ig], ubatch);
             for (uint32_t i = 0; i < n; ++i) {
-                const uint32_t cell = slots[ig].idxs[0][i];
-                g.token_of[cell] = int32_t(g.places.size());
-                g.places.push_back({ int32_t(cell), -1 });
-                g.rule->append(ubatch.pos[i]);
-                if (is_pinned(ubatch.pos[i])) {
-                    g.rule->set_pinned(g.rule->n_tokens() - 1, true);
-                }
+                g.places[mctx.records[i]] = { int32_t(g.cache->cell_at(slots[ig], i)), -1 };
             }
-            g.rule->advance(n, scoring);
+            for (const part & p : parts) {
+                g.rules[p.seq].advance(uint32_t(p.tokens.size()), std::find(scored.begin(), scored.end(), p.seq) != scored.end());
+            }
             mctx.at(ig).set_slot(std::move(slots[ig]));
         }
-        point_at_rows(mctx, n, scoring);
+        prepare_side(mctx, parts, scored, prompt_end);
 
-        counters.scoring_steps_total += scoring;
-        record({ 0, pos_new, n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), scoring, uint32_t(why),
-            mctx.is_first_step() ? float(trigger.last()) : 0, float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) });
+        counters.scoring_steps_total += !scored.empty();
+        record_step({ 0, ubatch.pos[0], n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), !scored.empty(), uint32_t(demands[0].why),
+            mctx.is_first_step() ? float(sequences[parts[0].seq].trigger.last()) : 0, float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) });
         counters.steps_total++;
         return true;
     } catch (const std::exception & e) {
@@ -1001,11 +1284,11 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
     }
 }
 
-void memory::record(asrkf_step step) {
+void memory::record_step(asrkf_step step) {
     if (trace) {
         step.index        = counters.steps_total;
-        step.active_cells = mean_cells([](const group & g) { return g.rule->n_active(); });
-        step.frozen_cells = n_tokens() - step.active_cells;
+        step.active_cells = mean_cells([](const group & g) { return g.cache->n_used(); });
+        step.frozen_cells = n_records() - std::min(n_records(), step.active_cells);
         trace[trace_count++ % trace_capacity] = step;
     }
 }
@@ -1013,34 +1296,41 @@ void memory::record(asrkf_step step) {
 // The last tokens again, in the cells that they have: their rows are overwritten, no token is added.
 bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
     try {
-        const uint32_t n = ubatch.n_tokens, begin = n_tokens() - n;
+        sequence & s = sequences[size_t(ubatch.seq_id[0][0])];
+        const uint32_t seq = id_of(s), n = ubatch.n_tokens, begin = s.n_tokens() - n;
         rewalk_begin = ubatch.pos[0]; // from here on a failure takes back this call's tokens only: see seq_rm()
         const uint64_t freezes = counters.freezes_total, restores = n_restores();
         const double policy_before = counters.policy_seconds, moves_before = counters.moves_seconds;
-        decide_and_move(0, first().rule->pos(n_tokens() - 1) + 1, occasion::prompt_end);
+        decide_and_move({ { seq, 0, seq_pos_max(llama_seq_id(seq)) + 1, occasion::prompt_end } });
+        mctx.records.assign(s.records.begin() + begin, s.records.end());
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
             group & g = groups[ig];
-            llama_kv_cache::slot_info slot = { 0, 0, { 0 }, { {} } };
-            for (uint32_t i = begin; i < n_tokens(); ++i) {
-                if (g.places[i].cell < 0) {
-                    throw error(ASRKF_INTERNAL, format("position %d of the window is not in the pool", g.rule->pos(i)));
+            const uint32_t stream = g.cache->first_cell_of(seq) / g.cache->get_size();
+            llama_kv_cache::slot_info slot = { stream, stream, { llama_seq_id(stream) }, { {} } };
+            for (const uint32_t id : mctx.records) {
+                if (g.places[id].cell < 0) {
+                    throw error(ASRKF_INTERNAL, format("position %d of the window is not in the pool", records[id].pos));
                 }
             }
-            for (uint32_t i = begin; i < n_tokens(); ++i) {
-                place & p = g.places[i];
-                slot.idxs[0].push_back(uint32_t(p.cell));
+            for (const uint32_t id : mctx.records) {
+                place & p = g.places[id];
+                slot.idxs[0].push_back(uint32_t(p.cell) % g.cache->get_size());
                 if (p.slot >= 0) {
                     g.store->release(uint32_t(p.slot));
                     p.slot = -1;
                 }
             }
-            g.n_sealed = std::min(g.n_sealed, begin / g.rule->params.block * g.rule->params.block);
+            g.n_sealed[seq] = std::min(g.n_sealed[seq], begin / config.block * config.block);
             mctx.at(ig).set_slot(std::move(slot));
         }
-        point_at_rows(mctx, n, false);
+        part again = { seq, {}, 0 };
+        for (uint32_t i = 0; i < n; ++i) {
+            again.tokens.push_back(i);
+        }
+        prepare_side(mctx, { again }, {}, false);
         counters.rewalks_total++;
         counters.rewalked_tokens_total += n;
-        record({ 0, ubatch.pos[0], n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), 0, uint32_t(occasion::prompt_end), 0,
+        record_step({ 0, ubatch.pos[0], n, 0, 0, uint32_t(counters.freezes_total - freezes), uint32_t(n_restores() - restores), 0, uint32_t(occasion::prompt_end), 0,
             float(counters.policy_seconds - policy_before), float(counters.moves_seconds - moves_before) });
         counters.steps_total++;
         return true;
@@ -1054,23 +1344,52 @@ bool memory::place_rewalk(memory_context & mctx, const llama_ubatch & ubatch) {
 // scores
 //
 
-// The step's tokens are the last n: where the graph writes their K rows and queries, and how many rows it scores.
-void memory::point_at_rows(memory_context & mctx, uint32_t n, bool scoring) {
+// The side branch of a step whose tokens are in the books by now: where it writes their K rows and queries, and whose
+// queries score.
+void memory::prepare_side(memory_context & mctx, const std::vector<part> & parts, const std::vector<uint32_t> & scored, bool prompt_end) {
+    mctx.shape  = {};
+    mctx.scored = scored;
     if (!scorer) {
         return;
     }
-    mctx.first_token   = n_tokens() - n;
-    mctx.n_step_tokens = n;
-    std::vector<llama_pos> step_pos;
-    for (uint32_t i = n_tokens() - n; i < n_tokens(); ++i) {
-        step_pos.push_back(first().rule->pos(i));
+    mctx.queries.clear();
+    mctx.query_rows.clear();
+    mctx.shape.n_tokens = uint32_t(mctx.records.size());
+    for (const part & p : parts) {
+        std::vector<llama_pos> step_pos;
+        for (const uint32_t i : p.tokens) {
+            step_pos.push_back(records[mctx.records[i]].pos);
+        }
+        std::vector<int32_t> kept;
+        sequences[p.seq].rings.keep(step_pos, kept, mctx.query_rows);
+        for (const int32_t i : kept) {
+            mctx.queries.push_back(int32_t(p.tokens[size_t(i)]));
+        }
+        mctx.shape.n_written += scorer->n_written(uint32_t(p.tokens.size()));
     }
-    rings->keep(step_pos, mctx.queries, mctx.query_rows);
-    mctx.scores_prompt_end = scoring && mctx.is_before_rewalk();
-    mctx.n_scored = 0;
-    if (scoring) {
-        mctx.n_scored = std::min(scorer->rows(), (rows->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+    if (index_tokens_per_row() == 1) {
+        mctx.shape.n_written = mctx.shape.n_tokens; // a token of several sequences is written once
     }
+    mctx.shape.n_kept = uint32_t(mctx.queries.size());
+    if (!scored.empty()) {
+        mctx.shape.prompt_end = prompt_end;
+        mctx.shape.n_scored   = std::min(scorer->rows(), (rows->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+        mctx.shape.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(scored.size())*config.score_queries;
+    }
+}
+
+// What compute buffers are reserved for.
+branch_shape memory::worst_shape(uint32_t n_tokens) const {
+    const bool     ends   = config.rewalk_tokens >= 2 && first().rules[0].params.recall;
+    const uint32_t n_seqs = std::min(n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries)), n_scoring = n_seqs*config.score_queries;
+    branch_shape shape;
+    shape.n_tokens   = n_tokens;
+    shape.n_written  = index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + std::min(n_tokens, n_seq_max) - 1;
+    shape.n_kept     = std::min(n_tokens, n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
+    shape.n_scored   = scorer->rows();
+    shape.prompt_end = ends && n_scoring < PROMPT_END_QUERIES;
+    shape.n_scoring  = shape.prompt_end ? PROMPT_END_QUERIES : n_scoring;
+    return shape;
 }
 
 void memory::build_side_branch(const memory_context & mctx, llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) {
@@ -1083,20 +1402,34 @@ void memory::build_side_branch(const memory_context & mctx, llm_graph_result & r
         return;
     }
     if (found == layers.begin()) { // a new graph
-        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, uint32_t(k_cur->ne[2]), scorer->new_branch(res.get_ctx(), uint32_t(k_cur->ne[2]), mctx.n_scored, mctx.scores_prompt_end))));
+        const branch_shape shape = mctx.is_worst_case ? worst_shape(uint32_t(k_cur->ne[2])) : mctx.shape;
+        side = static_cast<side_input *>(res.add_input(std::make_unique<side_input>(&mctx, scorer->new_branch(res.get_ctx(), shape))));
     }
     scorer->build(res.get_ctx(), gf, side->branch, size_t(found - layers.begin()), q, k_cur, kq_scale);
 }
 
 void memory::set_side_input(const memory_context & mctx, const relevance::branch & branch) {
-    scorer->set_written(branch, *rows, mctx.first_token, mctx.n_step_tokens);
+    scorer->set_written(branch, *rows, mctx.records);
     ggml_backend_tensor_set(branch.queries, mctx.queries.data(), 0, ggml_nbytes(branch.queries));
     ggml_backend_tensor_set(branch.query_rows, mctx.query_rows.data(), 0, ggml_nbytes(branch.query_rows));
-    std::vector<llama_pos> token_pos;
-    for (uint32_t i = 0; branch.mask && i < n_tokens(); ++i) {
-        token_pos.push_back(first().rule->pos(i));
+    if (branch.scoring) {
+        std::vector<std::vector<llama_pos>> positions;
+        for (const uint32_t seq : mctx.scored) {
+            positions.push_back(positions_of(sequences[seq]));
+        }
+        std::vector<int32_t>       scoring;
+        std::vector<scoring_query> queries;
+        for (size_t i = 0; i < mctx.scored.size(); ++i) {
+            const sequence & s = sequences[mctx.scored[i]];
+            const std::vector<int32_t> own = s.rings.scoring_rows(branch.shape.prompt_end);
+            scoring.insert(scoring.end(), own.begin(), own.end());
+            for (const int32_t pos : s.rings.positions(branch.shape.prompt_end)) {
+                queries.push_back({ pos, &s.records, &positions[i] });
+            }
+        }
+        ggml_backend_tensor_set(branch.scoring, scoring.data(), 0, ggml_nbytes(branch.scoring));
+        scorer->set_mask(branch, *rows, queries);
     }
-    scorer->set_mask(branch, *rows, token_pos, rings->positions(branch.prompt_end));
     scoring_branch = &branch;
 }
 
@@ -1104,34 +1437,40 @@ void memory::read_scores(llama_context & ctx, const memory_context & mctx) {
     stopwatch watch(counters.scoring_seconds);
     ggml_backend_sched_t sched = ctx.get_sched();
     auto * out = static_cast<float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
-    n_scores = mctx.n_scored;
+    n_scores = mctx.shape.n_scored;
     for (ggml_tensor * scores : { scoring_branch->mean, scoring_branch->peak }) {
         ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, n_scores*sizeof(float));
         out += n_scores;
     }
-    scores_pending = true;
+    pending_scores = mctx.scored;
 }
 
-// The scores arrive with the logits of their step; by the next one the caller has usually waited for those.
+// The scores arrive with the logits of their step; by the next one the caller has usually waited for those. They are
+// averaged over the queries of all sequences that scored, and a row has those of its own. (A row that sequences share has
+// what they all want of it.)
 void memory::fold_scores_in() {
-    if (!scores_pending) {
+    if (pending_scores.empty()) {
         return;
     }
     stopwatch watch(counters.scoring_seconds);
-    scores_pending = false;
     synchronize();
     const auto * means = static_cast<const float *>(ggml_backend_buffer_get_base(scores_buffer.get()));
     const float * peaks = means + n_scores;
-    for (group & g : groups) {
-        const float keep = g.rule->average_weight();
-        for (uint32_t i = 0; i < n_tokens(); ++i) {
-            const uint32_t row = (*rows)[i];
-            if (row < n_scores) { // a token of this very call may be newer
-                const float share = 1.0f / float(rows->tokens_of(row));
-                g.rule->observe(i, means[row]*share, peaks[row]*share, keep);
+    const float n_scored = float(pending_scores.size());
+    for (const uint32_t seq : pending_scores) {
+        const sequence & s = sequences[seq];
+        for (group & g : groups) {
+            const float keep = g.rules[seq].average_weight();
+            for (uint32_t i = 0; i < s.n_tokens(); ++i) {
+                const uint32_t row = (*rows)[s.records[i]];
+                if (row < n_scores) { // a token of this very call may be newer
+                    const float share = n_scored / float(rows->tokens_of(row));
+                    g.rules[seq].observe(i, means[row]*share, peaks[row]*share, keep);
+                }
             }
         }
     }
+    pending_scores.clear();
 }
 
 //
@@ -1143,6 +1482,9 @@ void memory::synchronize() { ggml_backend_sched_synchronize(lctx->get_sched()); 
 
 // Moves run on the backends that compute the graphs, but not through their scheduler.
 void memory::prepare_to_move() {
+    if (!lctx) {
+        return; // nothing has been computed, so nothing is on a device
+    }
     synchronize();
     ggml_backend_sched_t sched = lctx->get_sched();
     for (group & g : groups) {
@@ -1156,10 +1498,15 @@ void memory::prepare_to_move() {
     }
 }
 
-// Room for the host copies that these tokens do not have yet. Copies of other active tokens only save time: near the
-// limit they make way. Throws with no state changed but those.
-void memory::reserve_host_room(group & g, const std::vector<uint32_t> & tokens) {
-    const size_t n = size_t(std::count_if(tokens.begin(), tokens.end(), [&](uint32_t i) { return g.places[i].slot < 0; }));
+// Room for the host copies that these records do not have yet. Copies of records that no sequence has frozen only save
+// time: near the limit they make way. Throws with no state changed but those.
+void memory::reserve_host_room(group & g, const std::vector<uint32_t> & ids) {
+    std::vector<bool> wanted(records.size(), false);
+    size_t n = 0;
+    for (const uint32_t id : ids) {
+        n += !wanted[id] && g.places[id].slot < 0;
+        wanted[id] = true;
+    }
     if (n == 0) {
         return;
     }
@@ -1169,27 +1516,26 @@ void memory::reserve_host_room(group & g, const std::vector<uint32_t> & tokens) 
         if (e.status != ASRKF_HOST_LIMIT) {
             throw;
         }
-        std::vector<bool> wanted(g.places.size(), false);
-        for (const uint32_t i : tokens) {
-            wanted[i] = true;
-        }
-        for (size_t i = 0; i < g.places.size(); ++i) {
-            if (g.places[i].cell >= 0 && g.places[i].slot >= 0 && !wanted[i]) {
-                g.store->release(uint32_t(g.places[i].slot));
-                g.places[i].slot = -1;
+        for (uint32_t id = 0; id < records.size(); ++id) {
+            place & p = g.places[id];
+            if (!wanted[id] && p.cell >= 0 && p.slot >= 0 && g.cache->n_active(uint32_t(p.cell)) == records[id].users.count()) {
+                g.store->release(uint32_t(p.slot));
+                p.slot = -1;
             }
         }
         g.store->reserve(n);
     }
 }
 
-// Give every one of these active tokens a host copy; throws with nothing changed.
-void memory::copy_to_host(group & g, const std::vector<uint32_t> & tokens) {
+// Give every one of these records a host copy; throws with nothing changed.
+void memory::copy_to_host(group & g, const std::vector<uint32_t> & ids) {
     std::vector<uint32_t> wanted, cells, slots;
-    for (const uint32_t i : tokens) {
-        if (g.places[i].slot < 0) {
-            wanted.push_back(i);
-            cells.push_back(uint32_t(g.places[i].cell));
+    std::vector<bool> taken(records.size(), false);
+    for (const uint32_t id : ids) {
+        if (g.places[id].slot < 0 && !taken[id]) {
+            taken[id] = true;
+            wanted.push_back(id);
+            cells.push_back(uint32_t(g.places[id].cell));
         }
     }
     if (wanted.empty()) {
@@ -1216,70 +1562,106 @@ void memory::copy_to_host(group & g, const std::vector<uint32_t> & tokens) {
     counters.moves_to_host_total++;
 }
 
-void memory::drop_cells(group & g, const std::vector<uint32_t> & tokens) {
-    for (const uint32_t i : tokens) {
-        const uint32_t cell = uint32_t(g.places[i].cell);
-        g.cache->take_out(cell);
-        g.token_of[cell]  = -1;
-        g.places[i].cell = -1;
+// Host memory on both sides: a copy of what every sequence has active would only cost RAM.
+void memory::drop_needless_copy(group & g, uint32_t id) {
+    place & p = g.places[id];
+    if (!g.mover->is_staged() && p.slot >= 0 && p.cell >= 0 && g.cache->n_active(uint32_t(p.cell)) == records[id].users.count()) {
+        g.store->release(uint32_t(p.slot));
+        p.slot = -1;
+    }
+}
+
+// Out of one sequence's attention; the records have host copies.
+void memory::freeze_tokens(group & g, uint32_t seq, const std::vector<uint32_t> & tokens) {
+    for (const uint32_t t : tokens) {
+        place & p = g.places[sequences[seq].records[t]];
+        if (g.cache->take_out(uint32_t(p.cell), seq)) {
+            p.cell = -1;
+        }
     }
     counters.freezes_total += tokens.size();
 }
 
-// The bytes of these frozen tokens into free cells, which are returned; fill_cells() then makes them active.
-std::vector<uint32_t> memory::copy_to_device(group & g, const std::vector<uint32_t> & tokens) {
-    const std::vector<uint32_t> cells = g.cache->free_cells(tokens.size());
-    if (cells.size() < tokens.size()) {
-        throw error(ASRKF_POOL_FULL, format("pool of %u cells has %zu free, %zu tokens are to be restored: freeze others first, or raise kv_pool",
-                g.cache->get_size(), cells.size(), tokens.size()));
+// Bytes of frozen tokens into free cells, where no other sequence has their records active; make_active() completes it.
+// Throws with nothing changed but free cells' bytes.
+memory::fetched memory::fetch(group & g, const wanted_tokens & wanted) {
+    fetched result;
+    std::vector<bool> taken(records.size(), false);
+    for (const auto & [seq, tokens] : wanted) {
+        const size_t before = result.ids.size();
+        for (const uint32_t t : tokens) {
+            const uint32_t id = sequences[seq].records[t];
+            if (g.places[id].cell < 0 && !taken[id]) {
+                taken[id] = true;
+                result.ids.push_back(id);
+            }
+        }
+        const size_t n_new = result.ids.size() - before, n = unified ? result.ids.size() : n_new; // those given before are still free
+        const std::vector<uint32_t> found = g.cache->free_cells(n, seq);
+        if (found.size() < n) {
+            throw error(ASRKF_POOL_FULL, format("pool of %u cells has %zu free, %zu tokens are to be restored: freeze others first, or raise kv_pool",
+                    unified ? g.pool_cells : floor_cells(g), found.size(), n));
+        }
+        result.cells.insert(result.cells.end(), found.end() - std::ptrdiff_t(n_new), found.end());
     }
-    std::vector<const uint8_t *> hosts;
-    for (const uint32_t i : tokens) {
-        hosts.push_back(g.store->data(uint32_t(g.places[i].slot)));
-    }
-    g.mover->set(cells.data(), hosts.data(), cells.size());
-    if (!cells.empty()) {
-        counters.moved_to_device_bytes += cells.size()*g.mover->token_bytes();
+    if (!result.ids.empty()) {
+        std::vector<const uint8_t *> hosts;
+        for (const uint32_t id : result.ids) {
+            hosts.push_back(g.store->data(uint32_t(g.places[id].slot)));
+        }
+        g.mover->set(result.cells.data(), hosts.data(), hosts.size());
+        counters.moved_to_device_bytes += hosts.size()*g.mover->token_bytes();
         counters.moves_to_device_total++;
     }
-    return cells;
+    return result;
 }
 
-void memory::fill_cells(group & g, const std::vector<uint32_t> & tokens, const std::vector<uint32_t> & cells) {
-    for (size_t i = 0; i < tokens.size(); ++i) {
-        place & p = g.places[tokens[i]];
-        g.cache->put_back(cells[i], g.rule->pos(tokens[i]), exts[tokens[i]]);
-        g.token_of[cells[i]] = int32_t(tokens[i]);
-        p.cell = int32_t(cells[i]);
-        if (!g.mover->is_staged()) { // host memory on both sides: a second copy would only cost RAM
-            g.store->release(uint32_t(p.slot));
-            p.slot = -1;
+void memory::make_active(group & g, const wanted_tokens & wanted, const fetched & got) {
+    for (size_t i = 0; i < got.ids.size(); ++i) {
+        g.cache->put_in(got.cells[i], records[got.ids[i]].pos, records[got.ids[i]].token);
+        g.places[got.ids[i]].cell = int32_t(got.cells[i]);
+    }
+    for (const auto & [seq, tokens] : wanted) {
+        for (const uint32_t t : tokens) {
+            const uint32_t id = sequences[seq].records[t];
+            g.cache->activate(uint32_t(g.places[id].cell), seq);
+            drop_needless_copy(g, id);
         }
     }
 }
 
-void memory::carry_out(group & g, const plan & p) {
-    if (!p.decided) {
-        return;
+void memory::carry_out(group & g, const std::vector<demand> & demands, const std::vector<plan> & plans) {
+    std::vector<uint32_t> leaving;
+    wanted_tokens back;
+    for (size_t i = 0; i < plans.size(); ++i) {
+        back.push_back({ demands[i].seq, {} });
+        for (const uint32_t t : plans[i].freeze) {
+            leaving.push_back(sequences[demands[i].seq].records[t]);
+        }
+        for (const restoration & r : plans[i].restore) {
+            back.back().second.push_back(r.token);
+        }
     }
-    if (!p.freeze.empty() || !p.restore.empty()) {
+    if (!leaving.empty() || std::any_of(back.begin(), back.end(), [](const auto & b) { return !b.second.empty(); })) {
         prepare_to_move();
-        std::vector<uint32_t> back;
-        for (const restoration & r : p.restore) {
-            back.push_back(r.token);
+        copy_to_host(g, leaving);
+        for (size_t i = 0; i < plans.size(); ++i) {
+            freeze_tokens(g, demands[i].seq, plans[i].freeze);
         }
-        copy_to_host(g, p.freeze);
-        drop_cells(g, p.freeze);
         try {
-            fill_cells(g, back, copy_to_device(g, back));
+            make_active(g, back, fetch(g, back));
         } catch (...) { // what was frozen is safe on the host: book it, and leave the rest for the next step
-            plan frozen_only = p;
-            frozen_only.restore.clear();
-            g.rule->commit(frozen_only);
-            g.rule->recheck();
+            for (size_t i = 0; i < plans.size(); ++i) {
+                plan frozen_only = plans[i];
+                frozen_only.restore.clear();
+                g.rules[demands[i].seq].commit(frozen_only);
+                g.rules[demands[i].seq].recheck();
+            }
             throw;
         }
-        for (const restoration & r : p.restore) {
+    }
+    for (size_t i = 0; i < plans.size(); ++i) {
+        for (const restoration & r : plans[i].restore) {
             switch (r.why) {
                 case cause::timer:    counters.restores_timer_total++;    break;
                 case cause::window:   counters.restores_window_total++;   break;
@@ -1288,32 +1670,32 @@ void memory::carry_out(group & g, const plan & p) {
                 case cause::recovery: counters.restores_recovery_total++; break;
             }
         }
+        g.rules[demands[i].seq].commit(plans[i]);
+        counters.decisions_total += plans[i].decided;
     }
-    g.rule->commit(p);
-    counters.decisions_total++;
 }
 
 // Where rows have to cross to another memory, a block is copied once, when it leaves the window and its bytes cannot
 // change any more; freezing its tokens later moves nothing.
-void memory::seal(group & g, llama_pos pos_end) {
-    if (!g.mover->is_staged() || n_ctx <= g.rule->params.pool_cells) {
+void memory::seal(group & g, uint32_t seq, llama_pos pos_end) {
+    const sequence & s = sequences[seq];
+    if (!g.mover->is_staged() || n_ctx <= g.pool_cells) {
         return;
     }
-    const uint32_t block = g.rule->params.block;
-    const llama_pos window_start = pos_end - llama_pos(g.rule->params.window);
-    std::vector<uint32_t> tokens;
-    uint32_t end = g.n_sealed;
-    for (; end + block <= n_tokens() && g.rule->pos(end + block - 1) < window_start; end += block) {
-        for (uint32_t i = end; i < end + block; ++i) {
-            if (g.places[i].slot < 0) {
-                tokens.push_back(i);
+    const llama_pos window_start = pos_end - llama_pos(g.rules[seq].params.window);
+    std::vector<uint32_t> ids;
+    uint32_t end = g.n_sealed[seq];
+    for (; end + config.block <= s.n_tokens() && records[s.records[end + config.block - 1]].pos < window_start; end += config.block) {
+        for (uint32_t i = end; i < end + config.block; ++i) {
+            if (g.places[s.records[i]].slot < 0) {
+                ids.push_back(s.records[i]);
             }
         }
     }
-    if (!tokens.empty()) {
+    if (!ids.empty()) {
         try {
             prepare_to_move();
-            copy_to_host(g, tokens);
+            copy_to_host(g, ids);
         } catch (const error & e) {
             if (e.status != ASRKF_HOST_LIMIT) {
                 throw;
@@ -1321,60 +1703,196 @@ void memory::seal(group & g, llama_pos pos_end) {
             return; // no room for copies ahead of time: what is frozen is copied then
         }
     }
-    g.n_sealed = end;
+    g.n_sealed[seq] = end;
+}
+
+//
+// records and the tokens of sequences
+//
+
+uint32_t memory::new_record(llama_pos pos, llama_token token, int64_t after) {
+    if (free_records.empty()) {
+        free_records.push_back(uint32_t(records.size()));
+        records.emplace_back();
+        for (group & g : groups) {
+            g.places.emplace_back();
+        }
+    }
+    const uint32_t id = free_records.back();
+    free_records.pop_back();
+    records[id] = { pos, token, {} };
+    if (rows) {
+        rows->append(id, after);
+    }
+    return id;
+}
+
+// A record becomes the sequence's token where its position belongs. Returns which.
+uint32_t memory::insert_token(sequence & s, uint32_t id) {
+    const llama_pos pos = records[id].pos;
+    uint32_t i = s.n_tokens();
+    if (i > 0 && records[s.records.back()].pos > pos) {
+        i = lower_bound(s, pos + 1);
+    }
+    s.records.insert(s.records.begin() + i, id);
+    records[id].users.set(id_of(s));
+    const bool is_pinned = contains(s.pinned, pos);
+    for (group & g : groups) {
+        policy & rule = g.rules[id_of(s)];
+        rule.insert(i, pos);
+        if (is_pinned) {
+            rule.set_pinned(i, true);
+        }
+        g.n_sealed[id_of(s)] = std::min(g.n_sealed[id_of(s)], i / config.block * config.block);
+    }
+    return i;
+}
+
+// No sequence has it any more.
+void memory::free_record(uint32_t id) {
+    for (group & g : groups) {
+        place & p = g.places[id];
+        if (p.slot >= 0) {
+            g.store->release(uint32_t(p.slot));
+        }
+        p = {};
+    }
+    if (rows) {
+        rows->release(id);
+    }
+    records[id] = {};
+    free_records.push_back(id);
+}
+
+void memory::forget(sequence & s, uint32_t begin, uint32_t end) {
+    const uint32_t seq = id_of(s);
+    pending_scores.clear(); // they belong to rows that may change hands
+    output_pending = false;
+    s.rings.forget_from(records[s.records[begin]].pos); // queries of what goes, or of what would have seen it
+    for (uint32_t i = begin; i < end; ++i) {
+        const uint32_t id = s.records[i];
+        records[id].users.reset(seq);
+        for (group & g : groups) {
+            place & p = g.places[id];
+            if (p.cell >= 0 && g.cache->is_active(uint32_t(p.cell), seq) && g.cache->take_out(uint32_t(p.cell), seq)) {
+                p.cell = -1;
+            }
+        }
+        if (records[id].users.none()) {
+            free_record(id);
+        } else {
+            for (group & g : groups) {
+                drop_needless_copy(g, id);
+            }
+        }
+    }
+    s.records.erase(s.records.begin() + begin, s.records.begin() + end);
+    for (group & g : groups) {
+        g.rules[seq].erase(begin, end);
+        g.n_sealed[seq] = std::min(g.n_sealed[seq], begin / config.block * config.block);
+        if (s.records.empty()) { // timers of a sequence that is gone, and host memory when all are
+            g.rules[seq].clear();
+            if (g.store && !keep_store && n_records() == 0) {
+                g.store->clear();
+            }
+        }
+    }
+}
+
+// Copies of records, for a sequence of its own: their bytes go to the host, and come back when a step wants them. Throws
+// with nothing changed.
+std::vector<uint32_t> memory::clone_records(const std::vector<uint32_t> & ids, uint32_t seq) {
+    if (n_records() + ids.size() > n_ctx) {
+        throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and copies of %zu do not fit into n_ctx %u", n_records(), ids.size(), n_ctx));
+    }
+    prepare_to_move();
+    for (group & g : groups) { // room for all, then copies of those that are on the device only
+        size_t n = ids.size();
+        for (const uint32_t id : ids) {
+            n += g.places[id].slot < 0;
+        }
+        g.store->reserve(n);
+    }
+    for (group & g : groups) {
+        copy_to_host(g, ids);
+    }
+    std::vector<uint32_t> copies;
+    for (const uint32_t id : ids) {
+        copies.push_back(new_record(records[id].pos, records[id].token, copies.empty() ? -1 : int64_t(copies.back())));
+        records[copies.back()].users.set(seq);
+        for (group & g : groups) {
+            const uint32_t slot = g.store->acquire();
+            std::memcpy(g.store->data(slot), g.store->data(uint32_t(g.places[id].slot)), g.mover->token_bytes());
+            g.places[copies.back()].slot = int32_t(slot);
+        }
+    }
+    for (group & g : groups) {
+        for (const uint32_t id : ids) {
+            drop_needless_copy(g, id);
+        }
+    }
+    return copies;
 }
 
 //
 // explicit requests
 //
 
-uint32_t memory::lower_bound(llama_pos pos) const {
-    uint32_t begin = 0, end = n_tokens();
-    while (begin < end) {
-        const uint32_t middle = begin + (end - begin)/2;
-        if (first().rule->pos(middle) < pos) {
-            begin = middle + 1;
-        } else {
-            end = middle;
-        }
+uint32_t memory::lower_bound(const sequence & s, llama_pos pos) const {
+    return uint32_t(std::lower_bound(s.records.begin(), s.records.end(), pos, [&](uint32_t id, llama_pos p) { return records[id].pos < p; }) - s.records.begin());
+}
+
+std::vector<llama_pos> memory::positions_of(const sequence & s) const {
+    std::vector<llama_pos> positions;
+    for (const uint32_t id : s.records) {
+        positions.push_back(records[id].pos);
     }
-    return begin;
+    return positions;
+}
+
+sequence & memory::named(int32_t seq_id) {
+    if (seq_id < 0 || uint32_t(seq_id) >= n_seq_max) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("there is no sequence %d: this context has %u (n_seq_max, -np)", seq_id, n_seq_max));
+    }
+    return sequences[size_t(seq_id)];
 }
 
 std::pair<uint32_t, uint32_t> memory::token_range(int32_t seq_id, int32_t p0, int32_t p1) const {
-    if (seq_id != 0) {
-        throw error(ASRKF_INVALID_ARGUMENT, format("sequence %d: the policy serves sequence 0 only", seq_id));
-    }
+    const sequence & s = named(seq_id);
     p1 = p1 < 0 ? std::numeric_limits<int32_t>::max() : p1;
     if (p0 < 0 || p0 > p1) {
         throw error(ASRKF_INVALID_ARGUMENT, format("[%d, %d) is not a range of positions", p0, p1));
     }
-    return { lower_bound(p0), lower_bound(p1) };
+    return { lower_bound(s, p0), lower_bound(s, p1) };
 }
 
 uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
     const auto [begin, end] = token_range(seq_id, p0, p1);
+    const sequence & s = named(seq_id);
+    const uint32_t seq = uint32_t(seq_id);
     lctx = ctx;
-    const llama_pos pos_end = seq_pos_max(0) + 1;
+    const llama_pos pos_end = seq_pos_max(seq_id) + 1;
     for (const group & g : groups) {
+        const policy & rule = g.rules[seq];
         for (uint32_t i = begin; i < end; ++i) {
-            if (g.rule->is_protected(i, pos_end)) {
+            if (rule.is_protected(i, pos_end)) {
                 throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
-                        g.rule->pos(i), g.rule->params.sinks, pos_end - llama_pos(g.rule->params.window)));
+                        rule.pos(i), rule.params.sinks, pos_end - llama_pos(rule.params.window)));
             }
         }
     }
     fold_scores_in();
     prepare_to_move();
     stopwatch watch(counters.moves_seconds);
-    std::vector<std::vector<uint32_t>> chosen(groups.size()), copied(groups.size());
+    std::vector<std::vector<uint32_t>> chosen(groups.size()), ids(groups.size()), copied(groups.size());
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         for (uint32_t i = begin; i < end; ++i) {
-            if (groups[ig].places[i].cell >= 0) {
+            if (!groups[ig].rules[seq].is_frozen(i)) {
                 chosen[ig].push_back(i);
-                if (groups[ig].places[i].slot < 0) {
-                    copied[ig].push_back(i);
+                ids[ig].push_back(s.records[i]);
+                if (groups[ig].places[s.records[i]].slot < 0) {
+                    copied[ig].push_back(s.records[i]);
                 }
             }
         }
@@ -1382,15 +1900,15 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
     }
     try {
         for (size_t ig = 0; ig < groups.size(); ++ig) {
-            reserve_host_room(groups[ig], chosen[ig]);
+            reserve_host_room(groups[ig], ids[ig]);
         }
         for (size_t ig = 0; ig < groups.size(); ++ig) {
-            copy_to_host(groups[ig], chosen[ig]);
+            copy_to_host(groups[ig], ids[ig]);
         }
     } catch (...) {
         for (size_t ig = 0; ig < groups.size(); ++ig) {
-            for (const uint32_t i : copied[ig]) {
-                int32_t & slot = groups[ig].places[i].slot;
+            for (const uint32_t id : copied[ig]) {
+                int32_t & slot = groups[ig].places[id].slot;
                 if (slot >= 0) {
                     groups[ig].store->release(uint32_t(slot));
                     slot = -1;
@@ -1400,9 +1918,9 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
         throw;
     }
     for (size_t ig = 0; ig < groups.size(); ++ig) {
-        drop_cells(groups[ig], chosen[ig]);
+        freeze_tokens(groups[ig], seq, chosen[ig]);
         for (uint32_t i = begin; i < end; ++i) {
-            groups[ig].rule->set_frozen(i, true, true);
+            groups[ig].rules[seq].set_frozen(i, true, true);
         }
     }
     return n;
@@ -1410,55 +1928,43 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
 
 uint64_t memory::restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) {
     const auto [begin, end] = token_range(seq_id, p0, p1);
+    const uint32_t seq = uint32_t(seq_id);
     lctx = ctx;
     fold_scores_in();
     prepare_to_move();
     stopwatch watch(counters.moves_seconds);
-    std::vector<std::vector<uint32_t>> chosen(groups.size()), cells(groups.size());
+    std::vector<wanted_tokens> chosen(groups.size());
+    std::vector<fetched> got;
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
+        chosen[ig].push_back({ seq, {} });
         for (uint32_t i = begin; i < end; ++i) {
-            if (groups[ig].places[i].cell < 0) {
-                chosen[ig].push_back(i);
+            if (groups[ig].rules[seq].is_frozen(i)) {
+                chosen[ig][0].second.push_back(i);
             }
         }
-        cells[ig] = copy_to_device(groups[ig], chosen[ig]);
-        n += chosen[ig].size();
+        got.push_back(fetch(groups[ig], chosen[ig]));
+        n += chosen[ig][0].second.size();
     }
     for (size_t ig = 0; ig < groups.size(); ++ig) {
-        fill_cells(groups[ig], chosen[ig], cells[ig]);
-        for (const uint32_t i : chosen[ig]) {
-            groups[ig].rule->set_frozen(i, false, false);
+        make_active(groups[ig], chosen[ig], got[ig]);
+        for (const uint32_t i : chosen[ig][0].second) {
+            groups[ig].rules[seq].set_frozen(i, false, false);
         }
     }
     counters.restores_request_total += n;
     return n;
 }
 
-uint32_t memory::n_pinned() const {
-    ranges sorted = pinned; // they may overlap
-    std::sort(sorted.begin(), sorted.end());
-    uint32_t n = 0;
-    int32_t  counted_to = 0;
-    for (const auto & [from, to] : sorted) {
-        n += uint32_t(std::max(0, to - std::max(from, counted_to)));
-        counted_to = std::max(counted_to, to);
-    }
-    return n;
-}
-
-bool memory::is_pinned(llama_pos pos) const {
-    return std::any_of(pinned.begin(), pinned.end(), [&](const auto & range) { return pos >= range.first && pos < range.second; });
-}
-
 void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pin) {
     token_range(seq_id, p0, p1); // checks
+    sequence & s = named(seq_id);
     lctx = ctx;
     if (p1 < 0) { // to the end: of what is there to pin, of everything to unpin
-        p1 = pin ? std::max(p0, seq_pos_max(0) + 1) : std::numeric_limits<int32_t>::max();
+        p1 = pin ? std::max(p0, seq_pos_max(seq_id) + 1) : std::numeric_limits<int32_t>::max();
     }
-    ranges before = pinned, after;
-    for (const auto & [from, to] : pinned) { // what remains of the ranges outside [p0, p1)
+    ranges after;
+    for (const auto & [from, to] : s.pinned) { // what remains of the ranges outside [p0, p1)
         if (from < p0) {
             after.emplace_back(from, std::min(to, p0));
         }
@@ -1469,20 +1975,15 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
     if (pin && p1 > p0) {
         after.emplace_back(p0, p1);
     }
-    pinned = after;
-    try {
-        for (const group & g : groups) {
-            if (pin) {
-                check_pool(g, n_ubatch, n_pinned());
-            }
+    for (const group & g : groups) {
+        if (pin) {
+            check_pool(g, n_ubatch, count_positions(after));
         }
-    } catch (...) {
-        pinned = before;
-        throw;
     }
+    s.pinned = after;
     for (group & g : groups) {
-        for (uint32_t i = lower_bound(p0); i < lower_bound(p1); ++i) {
-            g.rule->set_pinned(i, pin);
+        for (uint32_t i = lower_bound(s, p0); i < lower_bound(s, p1); ++i) {
+            g.rules[size_t(seq_id)].set_pinned(i, pin);
         }
     }
 }
@@ -1491,102 +1992,254 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
 // sequence operations: frozen tokens are part of the sequence
 //
 
-void memory::forget(uint32_t begin, uint32_t end) {
-    scores_pending = false; // they belong to rows that may change hands
-    output_pending = false;
-    if (rings) {
-        rings->forget_from(first().rule->pos(begin)); // queries of what goes, or of what would have seen it
-    }
-    for (group & g : groups) {
-        for (uint32_t i = begin; i < end; ++i) {
-            const place & p = g.places[i];
-            if (p.cell >= 0) {
-                g.cache->take_out(uint32_t(p.cell));
-                g.token_of[size_t(p.cell)] = -1;
-            }
-            if (p.slot >= 0) {
-                g.store->release(uint32_t(p.slot));
-            }
-        }
-        g.places.erase(g.places.begin() + begin, g.places.begin() + end);
-        g.rule->erase(begin, end);
-        g.n_sealed = std::min(g.n_sealed, begin / g.rule->params.block * g.rule->params.block);
-        for (uint32_t i = begin; i < g.places.size(); ++i) {
-            if (g.places[i].cell >= 0) {
-                g.token_of[size_t(g.places[i].cell)] = int32_t(i);
-            }
-        }
-        if (g.places.empty()) { // timers and host memory of a sequence that is gone
-            g.rule->clear();
-            if (g.store && !keep_store) {
-                g.store->clear();
-            }
-        }
-    }
-    exts.erase(exts.begin() + begin, exts.begin() + end);
-    if (rows) {
-        rows->erase(begin, end);
-    }
-}
-
 bool memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
     p0 = std::max(p0, 0);
     p1 = p1 < 0 ? std::numeric_limits<llama_pos>::max() : p1;
-    if (seq_id > 0 || n_tokens() == 0 || p0 > seq_pos_max(0)) { // llama-cpp-python asks before every token
-        return true;
+    if (!in_flight.empty()) { // a step was placed and has failed: its rows were never computed, for none of its sequences
+        const std::vector<uint32_t> failed = std::move(in_flight);
+        in_flight.clear();
+        for (auto id = failed.rbegin(); id != failed.rend(); ++id) {
+            for (sequence & s : sequences) {
+                if (!records[*id].users.test(id_of(s))) {
+                    continue;
+                }
+                const uint32_t i = uint32_t(std::find(s.records.rbegin(), s.records.rend(), *id).base() - s.records.begin()) - 1;
+                forget(s, i, i + 1);
+            }
+        }
     }
-    if (rewalk_begin >= 0 && p0 == rewalk_begin) {
-        // llama_decode() takes a step that failed back by its positions; those of earlier calls were only computed again
-        p0 = std::max(p0, call_begin);
-        rewalk_begin = -1;
-    }
-    const uint32_t begin = lower_bound(p0), end = lower_bound(p1);
-    if (begin < end) {
-        forget(begin, end);
+    for (sequence & s : sequences) {
+        if ((seq_id >= 0 && id_of(s) != uint32_t(seq_id)) || p0 > seq_pos_max(llama_seq_id(id_of(s)))) { // llama-cpp-python asks before every token
+            continue;
+        }
+        if (rewalk_begin >= 0 && p0 == rewalk_begin) {
+            // llama_decode() takes a step that failed back by its positions; those of earlier calls were only computed again
+            p0 = std::max(p0, s.call_begin);
+            rewalk_begin = -1;
+        }
+        const uint32_t begin = lower_bound(s, p0), end = lower_bound(s, p1);
+        if (begin < end) {
+            forget(s, begin, end);
+        }
     }
     return true;
 }
 
 void memory::seq_keep(llama_seq_id seq_id) {
-    if (seq_id != 0) {
-        seq_rm(-1, -1, -1);
+    for (sequence & s : sequences) {
+        if (id_of(s) != uint32_t(seq_id) && s.n_tokens() > 0) {
+            forget(s, 0, s.n_tokens());
+        }
     }
 }
 
-// These return nothing, so the next decode says it; clear() takes it back. Never a cache that is silently wrong.
-void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos, llama_pos) {
-    if (src != dst) {
-        refuse(fault = "a sequence was copied: the policy serves one sequence; pass -np 1, or use kv_policy=\"full\"");
+// The operations below return nothing, so where one fails the next decode says it, and clear() takes it back. Never a cache
+// that is silently wrong.
+
+// In one pool the sequences share records. Streams have their own cells: there the copy is one, whole, as upstream's is.
+void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
+    if (src == dst) {
+        return;
+    }
+    try {
+        sequence & from = named(src);
+        sequence & to   = named(dst);
+        const uint32_t begin = lower_bound(from, std::max(p0, 0)), end = p1 < 0 ? from.n_tokens() : lower_bound(from, p1);
+        std::vector<uint32_t> ids(from.records.begin() + begin, from.records.begin() + std::max(begin, end));
+        if (!unified) {
+            if (to.n_tokens() > 0) {
+                forget(to, 0, to.n_tokens());
+            }
+            ids = clone_records(ids, uint32_t(dst));
+        }
+        for (uint32_t i = 0; i < ids.size(); ++i) {
+            if (unified && records[ids[i]].users.test(size_t(dst))) {
+                continue;
+            }
+            const uint32_t at = insert_token(to, ids[i]);
+            for (group & g : groups) {
+                g.rules[size_t(dst)].copy_token(at, g.rules[size_t(src)], begin + i, !unified);
+                if (unified && !g.rules[size_t(dst)].is_frozen(at)) {
+                    g.cache->activate(uint32_t(g.places[ids[i]].cell), uint32_t(dst));
+                }
+            }
+        }
+        if (!unified) {
+            index_records(ids);
+        }
+    } catch (const std::exception & e) {
+        refuse(fault = format("sequence %d could not be copied to %d: %s", src, dst, e.what()));
     }
 }
 
-void memory::seq_add(llama_seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
-    if (shift != 0 && p0 != p1) {
-        refuse(fault = "positions were shifted (context shift), which the policy does not serve yet: turn context shift off, or use kv_policy=\"full\"");
+void memory::seq_add(llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) {
+    if (shift != 0) {
+        shift_positions(seq_id, p0, p1, "shifted", [&](llama_pos pos) { return pos + shift; });
     }
 }
 
-void memory::seq_div(llama_seq_id, llama_pos p0, llama_pos p1, int d) {
-    if (d != 1 && p0 != p1) {
-        refuse(fault = "positions were divided (self-extend), which the policy does not serve: use kv_policy=\"full\"");
+void memory::seq_div(llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) {
+    if (d != 1) {
+        shift_positions(seq_id, p0, p1, "divided", [&](llama_pos pos) { return pos / d; });
+    }
+}
+
+// Rows are rotated at once, wherever they are. Records that other sequences have, too, are copied first: theirs stay.
+void memory::shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const char * what, const std::function<llama_pos(llama_pos)> & moved) {
+    try {
+        sequence & s = named(seq_id);
+        const uint32_t seq = id_of(s);
+        if (!get_can_shift()) {
+            unsupported(format("%s does not allow it", model.arch_name().c_str()));
+        }
+        const uint32_t begin = lower_bound(s, std::max(p0, 0));
+        uint32_t end = p1 < 0 ? s.n_tokens() : lower_bound(s, p1);
+        uint32_t n_gone = 0; // below 0: as upstream does
+        while (begin + n_gone < end && moved(records[s.records[begin + n_gone]].pos) < 0) {
+            n_gone++;
+        }
+        if (n_gone > 0) {
+            forget(s, begin, begin + n_gone);
+            end -= n_gone;
+        }
+        if (begin >= end) {
+            return;
+        }
+        fold_scores_in();
+        prepare_to_move();
+        std::vector<uint32_t> shared, at;
+        for (uint32_t i = begin; i < end; ++i) {
+            if (records[s.records[i]].users.count() > 1) {
+                shared.push_back(s.records[i]);
+                at.push_back(i);
+            }
+        }
+        const std::vector<uint32_t> own = shared.empty() ? shared : clone_records(shared, seq);
+        for (size_t n = 0; n < shared.size(); ++n) {
+            records[shared[n]].users.reset(seq);
+            s.records[at[n]] = own[n];
+            for (group & g : groups) {
+                place & p = g.places[shared[n]];
+                if (p.cell >= 0 && g.cache->is_active(uint32_t(p.cell), seq) && g.cache->take_out(uint32_t(p.cell), seq)) {
+                    p.cell = -1;
+                }
+                drop_needless_copy(g, shared[n]);
+                g.rules[seq].set_frozen(at[n], true, false);
+            }
+        }
+        const std::vector<uint32_t> ids(s.records.begin() + begin, s.records.begin() + end);
+        std::vector<int32_t> shifts;
+        for (const uint32_t id : ids) {
+            shifts.push_back(moved(records[id].pos) - records[id].pos);
+        }
+        for (group & g : groups) {
+            rotate_rows(g, ids, shifts);
+        }
+        for (size_t n = 0; n < ids.size(); ++n) {
+            records[ids[n]].pos += shifts[n];
+            for (group & g : groups) {
+                g.rules[seq].move_to(begin + uint32_t(n), records[ids[n]].pos);
+                if (g.places[ids[n]].cell >= 0) {
+                    g.cache->move_to(uint32_t(g.places[ids[n]].cell), records[ids[n]].pos);
+                }
+            }
+        }
+        std::vector<uint32_t> order(s.n_tokens());
+        for (uint32_t i = 0; i < order.size(); ++i) {
+            order[i] = i;
+        }
+        const auto earlier = [&](uint32_t a, uint32_t b) { return records[s.records[a]].pos < records[s.records[b]].pos; };
+        if (!std::is_sorted(order.begin(), order.end(), earlier)) { // moved across others
+            std::stable_sort(order.begin(), order.end(), earlier);
+            std::vector<uint32_t> sorted;
+            for (const uint32_t i : order) {
+                sorted.push_back(s.records[i]);
+            }
+            s.records = sorted;
+            for (group & g : groups) {
+                g.rules[seq].reorder(order);
+            }
+        }
+        for (group & g : groups) {
+            g.n_sealed[seq] = std::min(g.n_sealed[seq], begin / config.block * config.block);
+        }
+        s.rings.forget_from(0);
+        s.reset_pos = -1;
+        index_records(ids);
+    } catch (const std::exception & e) {
+        refuse(fault = format("positions of sequence %d could not be %s: %s", seq_id, what, e.what()));
+    }
+}
+
+// K of these records by so many positions, in batches through host memory.
+void memory::rotate_rows(group & g, const std::vector<uint32_t> & ids, const std::vector<int32_t> & shifts) {
+    constexpr size_t BATCH = 256;
+    ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
+    if (auto set_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(ggml_backend_reg_get_proc_address(reg, "ggml_backend_set_n_threads"))) {
+        set_threads(cpu.get(), cparams.n_threads);
+    }
+    std::vector<uint8_t> bytes(std::min(BATCH, ids.size())*g.mover->token_bytes()), rows_of_layer;
+    for (size_t from = 0; from < ids.size(); from += BATCH) {
+        const size_t n = std::min(BATCH, ids.size() - from);
+        const std::vector<int32_t> by(shifts.begin() + std::ptrdiff_t(from), shifts.begin() + std::ptrdiff_t(from + n));
+        std::vector<uint8_t *> hosts(n);
+        std::vector<uint32_t>  read_cells, write_cells;
+        std::vector<uint8_t *> read_hosts, write_hosts;
+        for (size_t i = 0; i < n; ++i) {
+            const place & p = g.places[ids[from + i]];
+            hosts[i] = p.slot >= 0 ? g.store->data(uint32_t(p.slot)) : bytes.data() + i*g.mover->token_bytes();
+            if (p.slot < 0) {
+                read_cells.push_back(uint32_t(p.cell));
+                read_hosts.push_back(hosts[i]);
+            }
+            if (p.cell >= 0) {
+                write_cells.push_back(uint32_t(p.cell));
+                write_hosts.push_back(hosts[i]);
+            }
+        }
+        if (!read_cells.empty()) {
+            g.mover->get(read_cells.data(), read_hosts.data(), read_cells.size());
+        }
+        for (const row_part & part : row_parts()) {
+            const auto il = std::find_if(g.layers.begin(), g.layers.end(), [&](uint32_t l) { return g.cache->k_of(l) == part.tensor; });
+            if (&groups[part.ig] != &g || il == g.layers.end()) {
+                continue; // another group's, or V
+            }
+            rows_of_layer.resize(n*part.row_bytes);
+            for (size_t i = 0; i < n; ++i) {
+                std::memcpy(rows_of_layer.data() + i*part.row_bytes, hosts[i] + part.offset, part.row_bytes);
+            }
+            g.cache->rotate(cparams, cpu.get(), *il, rows_of_layer, by);
+            for (size_t i = 0; i < n; ++i) {
+                std::memcpy(hosts[i] + part.offset, rows_of_layer.data() + i*part.row_bytes, part.row_bytes);
+            }
+        }
+        if (!write_cells.empty()) {
+            g.mover->set(write_cells.data(), write_hosts.data(), write_cells.size());
+        }
     }
 }
 
 void memory::clear(bool data) {
-    if (n_tokens() > 0) {
-        forget(0, n_tokens());
+    in_flight.clear();
+    for (sequence & s : sequences) {
+        if (s.n_tokens() > 0) {
+            forget(s, 0, s.n_tokens());
+        }
+        s.rings.forget_from(0);
+        s.trigger.clear();
+        s.output        = 0;
+        s.next_occasion = occasion::step;
+        s.reset_pos     = -1;
     }
     for (group & g : groups) {
         g.cache->clear(data);
-        g.rule->clear();
+        for (policy & rule : g.rules) {
+            rule.clear();
+        }
     }
-    if (rings) {
-        rings->forget_from(0);
-    }
-    trigger.clear();
     output_pending    = false;
-    next_occasion     = occasion::step;
-    reset_pos         = -1;
     counters          = {};
     budget.peak_bytes = budget.used_bytes;
     fault.clear();
@@ -1608,94 +2261,236 @@ std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
 }
 
 //
-// state: the whole sequence in upstream's own format, wherever its rows are. What is not in it: scores, timers and what
-// was frozen; a loaded sequence begins anew with those.
+// state: upstream's own format, complete, wherever the rows are; before it, unless state=upstream says otherwise, scores,
+// timers and what was frozen. Upstream's reader takes the mark in front for a number of streams that it does not have.
 //
+
+constexpr uint32_t STATE_MARK = 0x4b525341, STATE_VERSION = 1; // "ASRK"
+
+void write_u32(llama_io_write_i & io, uint32_t value) { io.write(&value, sizeof(value)); }
+
+uint32_t read_u32(llama_io_read_i & io) {
+    uint32_t value;
+    io.read(&value, sizeof(value));
+    return value;
+}
+
+[[noreturn]] void unfit(const std::string & what) { throw error(ASRKF_INVALID_ARGUMENT, "the state does not fit this context: " + what); }
+
+uint64_t checksum(const std::vector<uint8_t> & bytes) { // FNV-1a
+    uint64_t hash = 14695981039346656037ull;
+    for (const uint8_t byte : bytes) {
+        hash = (hash ^ byte)*1099511628211ull;
+    }
+    return hash;
+}
+
+const std::string & memory::model_name() const {
+    if (own_fingerprint.empty()) {
+        own_fingerprint = fingerprint(model);
+    }
+    return own_fingerprint;
+}
+
+// Mark, version, size, checksum, and then: the model; each sequence's pins and, by layer group, its policy.
+void memory::write_policies(llama_io_write_i & io, llama_seq_id seq_id) const {
+    std::vector<uint8_t> bytes;
+    const auto put = [&](const void * data, size_t n) { bytes.insert(bytes.end(), static_cast<const uint8_t *>(data), static_cast<const uint8_t *>(data) + n); };
+    const auto put_u32 = [&](uint32_t value) { put(&value, sizeof(value)); };
+    put_u32(uint32_t(model_name().size()));
+    put(model_name().data(), model_name().size());
+    for (const sequence & s : sequences) {
+        if (s.n_tokens() == 0 || (seq_id >= 0 && id_of(s) != uint32_t(seq_id))) {
+            continue;
+        }
+        put_u32(id_of(s));
+        put_u32(uint32_t(s.pinned.size()));
+        for (const auto & [from, to] : s.pinned) {
+            put_u32(uint32_t(from));
+            put_u32(uint32_t(to));
+        }
+        put_u32(uint32_t(groups.size()));
+        for (const group & g : groups) {
+            const std::vector<uint8_t> rule = g.rules[id_of(s)].save();
+            put_u32(uint32_t(rule.size()));
+            put(rule.data(), rule.size());
+        }
+    }
+    const uint64_t size = bytes.size(), sum = checksum(bytes);
+    write_u32(io, STATE_MARK);
+    write_u32(io, STATE_VERSION);
+    io.write(&size, sizeof(size));
+    io.write(&sum, sizeof(sum));
+    io.write(bytes.data(), bytes.size());
+}
+
+// After the mark.
+std::vector<memory::saved_sequence> memory::read_policies(llama_io_read_i & io) const {
+    if (const uint32_t version = read_u32(io); version != STATE_VERSION) {
+        unfit(format("it is of version %u, this library reads %u", version, STATE_VERSION));
+    }
+    uint64_t size, sum;
+    io.read(&size, sizeof(size));
+    io.read(&sum, sizeof(sum));
+    if (size > (uint64_t(1) << 20) + uint64_t(n_ctx)*n_seq_max*64*1024) { // far more than any has, and little enough to ask for
+        unfit("it is damaged");
+    }
+    std::vector<uint8_t> bytes;
+    while (bytes.size() < size) { // piece by piece: a damaged size must end at the end of the file, not in memory
+        const size_t before = bytes.size();
+        bytes.resize(size_t(std::min<uint64_t>(size, before + (1 << 20))));
+        io.read(bytes.data() + before, bytes.size() - before);
+    }
+    if (checksum(bytes) != sum) {
+        unfit("it is damaged");
+    }
+    size_t at = 0;
+    const auto take = [&](size_t n) {
+        if (n > bytes.size() - at) {
+            unfit("it is damaged");
+        }
+        at += n;
+        return bytes.data() + at - n;
+    };
+    const auto take_u32 = [&] {
+        uint32_t value;
+        std::memcpy(&value, take(sizeof(value)), sizeof(value));
+        return value;
+    };
+    const size_t n_name = take_u32();
+    const std::string name(reinterpret_cast<const char *>(take(n_name)), n_name);
+    if (name != model_name()) {
+        unfit(format("it is of another model (%s, this one is %s)", name.c_str(), model_name().c_str()));
+    }
+    std::vector<saved_sequence> saved;
+    while (at < bytes.size()) {
+        saved_sequence s = { take_u32(), {}, {} };
+        for (uint32_t n = take_u32(); n > 0; --n) {
+            const uint32_t from = take_u32(), to = take_u32();
+            s.pinned.emplace_back(int32_t(from), int32_t(to));
+        }
+        for (uint32_t n = take_u32(); n > 0; --n) {
+            const size_t n_rule = take_u32();
+            const uint8_t * rule = take(n_rule);
+            s.rules.emplace_back(rule, rule + n_rule);
+        }
+        saved.push_back(std::move(s));
+    }
+    return saved;
+}
 
 void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     check_state(seq_id, flags);
-    const uint32_t n_stream = 1, n = seq_id <= 0 ? n_tokens() : 0;
-    io.write(&n_stream, sizeof(n_stream));
-    io.write(&n, sizeof(n));
-    if (n == 0) {
-        return;
+    if (state_kind(config.state) == STATE_OWN) {
+        write_policies(io, seq_id);
     }
-    for (uint32_t i = 0; i < n; ++i) {
-        const llama_pos    pos = first().rule->pos(i);
-        const uint32_t     n_seq_id = 1;
-        const llama_seq_id id = 0;
-        io.write(&pos, sizeof(pos));
-        io.write(&n_seq_id, sizeof(n_seq_id));
-        io.write(&id, sizeof(id));
-    }
-    const uint32_t v_trans = 0, n_layer = uint32_t(row_parts().size() / 2);
-    io.write(&v_trans, sizeof(v_trans));
-    io.write(&n_layer, sizeof(n_layer));
-    for (const row_part & part : row_parts()) {
-        const int32_t  type = int32_t(part.tensor->type);
-        const uint64_t row_bytes = part.row_bytes;
-        io.write(&type, sizeof(type));
-        io.write(&row_bytes, sizeof(row_bytes));
-        for (uint32_t i = 0; i < n; ) {
-            const place & p = part.g->places[i];
-            if (p.cell < 0) {
-                io.write(part.g->store->data(uint32_t(p.slot)) + part.offset, row_bytes);
-                i++;
+    const uint32_t n_stream = unified ? 1 : n_seq_max;
+    write_u32(io, n_stream);
+    for (uint32_t stream = 0; stream < n_stream; ++stream) {
+        std::vector<uint32_t> ids;
+        std::vector<bool> taken(records.size(), false);
+        for (const sequence & s : sequences) {
+            if ((seq_id >= 0 && id_of(s) != uint32_t(seq_id)) || (!unified && id_of(s) != stream)) {
                 continue;
             }
-            uint32_t run = 1; // cells beside each other go together
-            while (i + run < n && part.g->places[i + run].cell == p.cell + int32_t(run)) {
-                run++;
+            for (const uint32_t id : s.records) {
+                if (!taken[id]) {
+                    taken[id] = true;
+                    ids.push_back(id);
+                }
             }
-            io.write_tensor(part.tensor, size_t(p.cell)*row_bytes, run*row_bytes);
-            i += run;
+        }
+        write_u32(io, uint32_t(ids.size()));
+        if (ids.empty()) {
+            continue;
+        }
+        for (const uint32_t id : ids) {
+            io.write(&records[id].pos, sizeof(llama_pos));
+            write_u32(io, seq_id < 0 ? uint32_t(records[id].users.count()) : 1);
+            for (uint32_t seq = 0; seq < n_seq_max; ++seq) {
+                if (records[id].users.test(seq) && (seq_id < 0 || seq == uint32_t(seq_id))) {
+                    write_u32(io, seq);
+                }
+            }
+        }
+        const std::vector<row_part> parts = row_parts();
+        write_u32(io, 0); // V is not transposed
+        write_u32(io, uint32_t(parts.size() / 2));
+        for (const row_part & part : parts) {
+            const group & g = groups[part.ig];
+            const int32_t  type = int32_t(part.tensor->type);
+            const uint64_t row_bytes = part.row_bytes;
+            io.write(&type, sizeof(type));
+            io.write(&row_bytes, sizeof(row_bytes));
+            for (size_t i = 0; i < ids.size(); ) {
+                const place & p = g.places[ids[i]];
+                if (p.cell < 0) {
+                    io.write(g.store->data(uint32_t(p.slot)) + part.offset, row_bytes);
+                    i++;
+                    continue;
+                }
+                size_t run = 1; // cells beside each other go together
+                while (i + run < ids.size() && g.places[ids[i + run]].cell == p.cell + int32_t(run)) {
+                    run++;
+                }
+                io.write_tensor(part.tensor, size_t(p.cell)*row_bytes, run*row_bytes);
+                i += run;
+            }
         }
     }
 }
 
-// Everything is read to the host first; only then is the old sequence given up.
+// Everything is read to the host first; only then is what was there given up.
 void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) {
-    std::vector<std::vector<uint32_t>> slots(groups.size());
+    std::vector<std::vector<uint32_t>> slots(groups.size()); // by group, then by token as it comes
     try {
         check_state(seq_id, flags);
-        const auto corrupt = [](const char * what) { throw error(ASRKF_INVALID_ARGUMENT, format("the state does not fit this context: %s", what)); };
-        uint32_t n_stream, n;
-        io.read(&n_stream, sizeof(n_stream));
-        io.read(&n, sizeof(n));
-        if (n_stream != 1) {
-            corrupt("it is of several streams");
+        uint32_t n_stream = read_u32(io);
+        std::vector<saved_sequence> saved;
+        if (n_stream == STATE_MARK) {
+            saved    = read_policies(io);
+            n_stream = read_u32(io);
         }
-        if (n > n_ctx) {
-            throw error(ASRKF_POOL_FULL, format("the state has %u tokens, n_ctx is %u: raise n_ctx", n, n_ctx));
+        if (n_stream == 0 || n_stream > LLAMA_MAX_SEQ) {
+            unfit(format("it claims %u streams", n_stream));
         }
-        std::vector<std::pair<llama_pos, uint32_t>> order; // tokens come in the order of cells
-        for (uint32_t i = 0; i < n; ++i) {
-            llama_pos pos;
-            uint32_t n_seq_id;
-            io.read(&pos, sizeof(pos));
-            io.read(&n_seq_id, sizeof(n_seq_id));
-            if (n_seq_id != 1 || pos < 0) {
-                corrupt("a cell belongs to several sequences or has no position");
+        struct arrival { llama_pos pos; uint32_t at; std::vector<uint32_t> users; };
+        std::vector<arrival> arrivals;
+        uint32_t n_kept = 0; // records of other sequences
+        for (const record & r : records) {
+            n_kept += seq_id >= 0 && r.users.count() > size_t(r.users.test(size_t(seq_id)));
+        }
+        const std::vector<row_part> parts = row_parts();
+        for (uint32_t stream = 0; stream < n_stream; ++stream) {
+            const uint32_t n = read_u32(io), before = uint32_t(arrivals.size());
+            if (n > n_ctx || n_kept + before + n > n_ctx) {
+                throw error(ASRKF_POOL_FULL, format("the state has %u tokens, %u are there, and n_ctx is %u: raise n_ctx", before + n, n_kept, n_ctx));
             }
-            llama_seq_id id;
-            io.read(&id, sizeof(id));
-            if (seq_id < 0 && id != 0) {
-                corrupt("it holds a sequence other than 0");
+            if (n == 0) {
+                continue;
             }
-            order.emplace_back(pos, i);
-        }
-        std::sort(order.begin(), order.end());
-        for (uint32_t i = 1; i < n; ++i) {
-            if (order[i].first == order[i - 1].first) {
-                corrupt("two cells have the same position");
+            for (uint32_t i = 0; i < n; ++i) {
+                arrival a = { 0, before + i, {} };
+                io.read(&a.pos, sizeof(a.pos));
+                const uint32_t n_users = read_u32(io);
+                if (a.pos < 0 || n_users == 0 || n_users > (seq_id < 0 && unified ? n_seq_max : 1)) {
+                    unfit(a.pos < 0 ? "a token has no position" : format("a token belongs to %u sequences", n_users));
+                }
+                for (uint32_t j = 0; j < n_users; ++j) {
+                    a.users.push_back(read_u32(io));
+                    if (seq_id >= 0) {
+                        a.users.back() = uint32_t(seq_id);
+                    } else if (a.users.back() >= n_seq_max || std::count(a.users.begin(), a.users.end(), a.users.back()) > 1) {
+                        unfit(format("a token belongs to sequence %u, and this context has %u", a.users.back(), n_seq_max));
+                    }
+                }
+                arrivals.push_back(std::move(a));
             }
-        }
-        if (n > 0) {
-            uint32_t v_trans, n_layer;
-            io.read(&v_trans, sizeof(v_trans));
-            io.read(&n_layer, sizeof(n_layer));
-            if (v_trans != 0 || n_layer != row_parts().size() / 2) {
-                corrupt(v_trans ? "its V is transposed (flash attention was off)" : "it has another number of layers");
+            if (read_u32(io) != 0) {
+                unfit("its V is transposed (flash attention was off)");
+            }
+            if (const uint32_t n_layer = read_u32(io); n_layer != parts.size() / 2) {
+                unfit(format("it has %u layers, not %zu", n_layer, parts.size() / 2));
             }
             for (size_t ig = 0; ig < groups.size(); ++ig) {
                 groups[ig].store->reserve(n);
@@ -1703,56 +2498,83 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
                     slots[ig].push_back(groups[ig].store->acquire());
                 }
             }
-            for (const row_part & part : row_parts()) {
+            for (const row_part & part : parts) {
                 int32_t  type;
                 uint64_t row_bytes;
                 io.read(&type, sizeof(type));
                 io.read(&row_bytes, sizeof(row_bytes));
                 if (type != int32_t(part.tensor->type) || row_bytes != part.row_bytes) {
-                    corrupt("its cache type or row size is another one");
+                    unfit("its cache type or row size is another one");
                 }
                 for (uint32_t i = 0; i < n; ++i) {
-                    io.read(part.g->store->data(slots[size_t(part.g - groups.data())][i]) + part.offset, row_bytes);
+                    io.read(groups[part.ig].store->data(slots[part.ig][before + i]) + part.offset, row_bytes);
+                }
+            }
+        }
+        std::stable_sort(arrivals.begin(), arrivals.end(), [](const arrival & a, const arrival & b) { return a.pos < b.pos; }); // they come in the order of cells
+        std::vector<uint32_t> n_of(n_seq_max, 0);
+        for (const arrival & a : arrivals) {
+            for (const uint32_t seq : a.users) {
+                if (++n_of[seq] > n_ctx_seq) {
+                    throw error(ASRKF_POOL_FULL, format("the state has more than %u tokens of sequence %u: raise n_ctx", n_ctx_seq, seq));
+                }
+            }
+        }
+        for (saved_sequence & s : saved) {
+            s.id = seq_id >= 0 ? uint32_t(seq_id) : s.id;
+            for (const auto & bytes : s.rules) {
+                if (s.id >= n_seq_max || !policy::fits(bytes, n_of[s.id])) {
+                    unfit("its scores and timers are not those of its tokens");
                 }
             }
         }
 
         // from here on nothing fails
-        if (n_tokens() > 0) {
-            for (group & g : groups) { // forget() gives the arenas of an empty store back: not now
-                for (place & p : g.places) {
-                    if (p.slot >= 0) {
-                        g.store->release(uint32_t(p.slot));
-                        p.slot = -1;
-                    }
-                }
+        std::vector<uint32_t> ids;
+        for (sequence & s : sequences) {
+            if (seq_id >= 0 && id_of(s) != uint32_t(seq_id)) {
+                continue;
             }
-            keep_store = true;
-            forget(0, n_tokens());
-            keep_store = false;
+            if (s.n_tokens() > 0) {
+                keep_store = true;
+                forget(s, 0, s.n_tokens());
+                keep_store = false;
+            }
+            s.next_occasion = occasion::step;
+            s.reset_pos     = -1;
+            s.trigger.clear();
         }
-        next_occasion = occasion::step;
-        reset_pos     = -1;
-        trigger.clear();
-        for (const auto & [pos, from] : order) {
-            exts.emplace_back();
-            exts.back().tok = LLAMA_TOKEN_NULL; // a state does not say
-            if (rows) {
-                rows->append();
-            }
+        for (const saved_sequence & s : saved) {
+            const uint32_t n = count_positions(s.pinned);
+            try {
+                for (const group & g : groups) {
+                    check_pool(g, n_ubatch, n);
+                }
+                sequences[s.id].pinned = s.pinned;
+            } catch (const error &) {} // this pool is too small for its pins: it keeps its own
+        }
+        for (const arrival & a : arrivals) {
+            const sequence & s = sequences[a.users[0]];
+            const bool follows = a.users.size() == 1 && s.n_tokens() > 0 && records[s.records.back()].users.count() == 1;
+            ids.push_back(new_record(a.pos, LLAMA_TOKEN_NULL, follows ? int64_t(s.records.back()) : -1)); // a state does not say which token
             for (size_t ig = 0; ig < groups.size(); ++ig) {
-                group & g = groups[ig];
-                g.places.push_back({ -1, int32_t(slots[ig][from]) });
-                g.rule->append(pos);
-                g.rule->set_pinned(g.rule->n_tokens() - 1, is_pinned(pos));
-                g.rule->set_frozen(g.rule->n_tokens() - 1, true, false);
+                groups[ig].places[ids.back()].slot = int32_t(slots[ig][a.at]);
+            }
+            for (const uint32_t seq : a.users) {
+                const uint32_t at = insert_token(sequences[seq], ids.back());
+                for (group & g : groups) {
+                    g.rules[seq].set_frozen(at, true, false);
+                    g.rules[seq].recheck(); // the next step brings back what the pool holds
+                }
             }
         }
         slots.clear();
-        index_from_host();
-        for (group & g : groups) {
-            g.rule->recheck(); // the next step brings back what the pool holds
+        for (const saved_sequence & s : saved) {
+            for (size_t ig = 0; ig < groups.size() && !s.rules.empty(); ++ig) { // of other groups: one ranking serves them all
+                groups[ig].rules[s.id].load(s.rules[std::min(ig, s.rules.size() - 1)]);
+            }
         }
+        index_records(ids);
     } catch (const std::exception & e) {
         for (size_t ig = 0; ig < slots.size(); ++ig) {
             for (const uint32_t slot : slots[ig]) {
@@ -1766,12 +2588,14 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
 
 void memory::check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const {
     std::string text;
-    if (seq_id > 0) {
-        text = format("sequence %d: the policy serves sequence 0 only", seq_id);
+    if (seq_id >= 0 && uint32_t(seq_id) >= n_seq_max) {
+        text = format("there is no sequence %d: this context has %u (n_seq_max, -np)", seq_id, n_seq_max);
     } else if (flags != 0) {
         text = "the policy serves whole states only (no LLAMA_STATE_SEQ_FLAGS)";
     } else if (no_alloc) {
         text = "a context without memory has no state";
+    } else if (!fault.empty()) {
+        text = fault;
     }
     if (!text.empty()) {
         set_last_error(text, ASRKF_UNSUPPORTED);
@@ -1788,9 +2612,9 @@ std::vector<memory::row_part> memory::row_parts() const {
         for (ggml_tensor * tensor : g.cache->row_tensors()) {
             const size_t row_bytes = ggml_row_size(tensor->type, tensor->ne[0]);
             if (tensor == g.cache->k_of(il)) {
-                k.push_back({ &g, tensor, row_bytes, offset });
+                k.push_back({ group_of_layer[il], tensor, row_bytes, offset });
             } else if (tensor == g.cache->v_of(il)) {
-                v.push_back({ &g, tensor, row_bytes, offset });
+                v.push_back({ group_of_layer[il], tensor, row_bytes, offset });
             }
             offset += row_bytes;
         }
@@ -1799,34 +2623,55 @@ std::vector<memory::row_part> memory::row_parts() const {
     return k;
 }
 
-// A loaded state brings K rows that no graph of ours has seen: write them into the index here.
-void memory::index_from_host() {
-    if (!scorer) {
+void memory::read_part(const row_part & part, uint32_t id, uint8_t * out) const {
+    const place & p = groups[part.ig].places[id];
+    if (p.slot >= 0) {
+        std::memcpy(out, groups[part.ig].store->data(uint32_t(p.slot)) + part.offset, part.row_bytes);
+    } else {
+        ggml_backend_tensor_get(part.tensor, out, size_t(p.cell)*part.row_bytes, part.row_bytes);
+    }
+}
+
+// K rows that no graph of ours has written, from a state, a copy or a shift: into the index.
+void memory::index_records(const std::vector<uint32_t> & ids) {
+    if (!scorer || ids.empty()) {
         return;
+    }
+    std::vector<std::vector<uint32_t>> members(rows->n_used()); // of the index rows that change
+    std::vector<bool> changed(members.size(), false);
+    for (const uint32_t id : ids) {
+        changed[(*rows)[id]] = true;
+    }
+    for (uint32_t id = 0; id < records.size(); ++id) {
+        if (records[id].users.any() && changed[(*rows)[id]]) {
+            members[(*rows)[id]].push_back(id);
+        }
     }
     const ggml_type type = index_type();
     const auto parts = row_parts();
-    for (size_t s = 0; s < scorer->layers().size(); ++s) {
-        const ggml_tensor * k = groups[group_of_layer[scoring_layers[s]]].cache->k_of(scoring_layers[s]);
+    for (size_t l = 0; l < scorer->layers().size(); ++l) {
+        const ggml_tensor * k = groups[group_of_layer[scoring_layers[l]]].cache->k_of(scoring_layers[l]);
         const row_part & part = *std::find_if(parts.begin(), parts.end(), [&](const row_part & p) { return p.tensor == k; });
-        std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0]));
-        std::vector<float>   values(size_t(k->ne[0])), sum(size_t(k->ne[0]), 0);
-        for (uint32_t i = 0; i < n_tokens(); ++i) {
-            const uint8_t * stored = part.g->store->data(uint32_t(part.g->places[i].slot)) + part.offset;
-            if (k->type == GGML_TYPE_F32) {
-                std::memcpy(values.data(), stored, part.row_bytes);
-            } else {
-                ggml_get_type_traits(k->type)->to_float(stored, values.data(), k->ne[0]);
+        std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0])), stored(part.row_bytes);
+        std::vector<float>   values(size_t(k->ne[0])), sum;
+        for (uint32_t row = 0; row < members.size(); ++row) {
+            if (members[row].empty()) {
+                continue;
             }
-            const uint32_t row = (*rows)[i];
-            for (size_t d = 0; d < sum.size(); ++d) {
-                sum[d] += values[d] / float(rows->tokens_of(row));
+            sum.assign(values.size(), 0);
+            for (const uint32_t id : members[row]) {
+                read_part(part, id, stored.data());
+                if (k->type == GGML_TYPE_F32) {
+                    std::memcpy(values.data(), stored.data(), part.row_bytes);
+                } else {
+                    ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), k->ne[0]);
+                }
+                for (size_t d = 0; d < sum.size(); ++d) {
+                    sum[d] += values[d] / float(members[row].size());
+                }
             }
-            if (i + 1 == n_tokens() || (*rows)[i + 1] != row) {
-                ggml_quantize_chunk(type, sum.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
-                scorer->set_row(s, row, indexed.data());
-                std::fill(sum.begin(), sum.end(), 0.0f);
-            }
+            ggml_quantize_chunk(type, sum.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
+            scorer->set_row(l, row, indexed.data());
         }
     }
 }
@@ -1850,12 +2695,16 @@ asrkf_stats memory::get_stats(llama_context * ctx) const {
     s.struct_size        = sizeof(s);
     s.policy             = config.policy;
     s.n_groups           = uint32_t(groups.size());
-    s.pool_cells         = mean_cells([](const group & g) { return g.rule->params.pool_cells; });
-    s.active_cells       = mean_cells([](const group & g) { return g.rule->n_active(); });
-    s.frozen_cells       = n_tokens() - s.active_cells;
-    s.tokens             = n_tokens();
+    s.pool_cells         = mean_cells([](const group & g) { return g.pool_cells; });
+    s.active_cells       = mean_cells([](const group & g) { return g.cache->n_used(); });
+    s.tokens             = n_records();
+    s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
+    s.n_sequences        = uint32_t(std::count_if(sequences.begin(), sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
     s.device_index_bytes = scorer ? scorer->device_bytes() : 0;
-    s.outputs_total      = trigger.count();
+    const recovery_trigger & trigger = sequences[last_speaker].trigger;
+    for (const sequence & q : sequences) {
+        s.outputs_total += q.trigger.count();
+    }
     s.entropy            = float(trigger.last());
     s.entropy_mean       = float(trigger.mean());
     s.entropy_deviation  = float(trigger.deviation());
@@ -1864,7 +2713,9 @@ asrkf_stats memory::get_stats(llama_context * ctx) const {
     for (const group & g : groups) {
         s.device_kv_bytes      += g.cache->device_bytes();
         s.device_staging_bytes += g.mover ? g.mover->staging_bytes() : 0;
-        s.restores_redundant_total += g.rule->n_redundant();
+        for (const policy & rule : g.rules) {
+            s.restores_redundant_total += rule.n_redundant();
+        }
     }
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         s.device_compute_bytes += data.context > 0 ? data.compute : 0;
@@ -1880,52 +2731,60 @@ asrkf_group_stats memory::get_group_stats(uint32_t index) const {
     asrkf_group_stats s = {};
     s.struct_size         = sizeof(s);
     s.n_layers            = uint32_t(g.layers.size());
-    s.pool_cells          = g.rule->params.pool_cells;
-    s.window              = g.rule->params.window;
-    s.max_ubatch          = g.rule->max_ubatch();
-    s.active_cells        = g.cache->cells().get_used();
-    s.active_copied_cells = uint32_t(std::count_if(g.places.begin(), g.places.end(), [](const place & p) { return p.cell >= 0 && p.slot >= 0; }));
-    s.frozen_cells        = uint32_t(std::count_if(g.places.begin(), g.places.end(), [](const place & p) { return p.cell < 0 && p.slot >= 0; }));
+    s.pool_cells          = g.pool_cells;
+    s.window              = g.rules[0].params.window;
+    s.max_ubatch          = g.rules[0].max_ubatch();
+    s.active_cells        = g.cache->n_used();
+    for (uint32_t id = 0; id < records.size(); ++id) {
+        const place & p = g.places[id];
+        s.active_copied_cells += p.cell >= 0 && p.slot >= 0;
+        s.frozen_cells        += p.cell < 0 && p.slot >= 0;
+    }
     s.token_bytes         = g.mover ? g.mover->token_bytes() : 0;
     s.device_kv_bytes     = g.cache->device_bytes();
     return s;
 }
 
-size_t memory::get_tokens(uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const {
+size_t memory::get_tokens(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const {
+    const sequence & s = named(seq_id);
     if (index >= groups.size()) {
         throw error(ASRKF_INVALID_ARGUMENT, format("group %u: there are %zu", index, groups.size()));
     }
     const group & g = groups[index];
-    for (size_t i = 0; i < std::min<size_t>(capacity, n_tokens()); ++i) {
+    for (uint32_t i = 0; i < std::min<size_t>(capacity, s.n_tokens()); ++i) {
+        const place & p = g.places[s.records[i]];
         if (out_pos) {
-            out_pos[i] = g.rule->pos(uint32_t(i));
+            out_pos[i] = records[s.records[i]].pos;
         }
         if (out_state) {
-            out_state[i] = g.places[i].cell < 0 ? ASRKF_TOKEN_FROZEN : g.places[i].slot < 0 ? ASRKF_TOKEN_ACTIVE : ASRKF_TOKEN_ACTIVE_COPIED;
+            const bool active = p.cell >= 0 && g.cache->is_active(uint32_t(p.cell), id_of(s));
+            out_state[i] = !active ? ASRKF_TOKEN_FROZEN : p.slot < 0 ? ASRKF_TOKEN_ACTIVE : ASRKF_TOKEN_ACTIVE_COPIED;
         }
     }
-    return n_tokens();
+    return s.n_tokens();
 }
 
-void memory::get_rows(llama_context * ctx, uint32_t index, int32_t pos, uint8_t * out, size_t size) {
+void memory::get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) {
+    const sequence & s = named(seq_id);
     if (index >= groups.size()) {
         throw error(ASRKF_INVALID_ARGUMENT, format("group %u: there are %zu", index, groups.size()));
     }
     group & g = groups[index];
-    const uint32_t i = lower_bound(pos);
-    if (i == n_tokens() || g.rule->pos(i) != pos) {
-        throw error(ASRKF_INVALID_ARGUMENT, format("the sequence has no position %d", pos));
+    const uint32_t i = lower_bound(s, pos);
+    if (i == s.n_tokens() || records[s.records[i]].pos != pos) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("sequence %d has no position %d", seq_id, pos));
     }
     if (size != g.mover->token_bytes()) {
         throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.mover->token_bytes(), index));
     }
     lctx = ctx;
     prepare_to_move();
-    if (g.places[i].cell < 0) {
-        std::memcpy(out, g.store->data(uint32_t(g.places[i].slot)), size);
+    const place & p = g.places[s.records[i]];
+    if (p.cell < 0) {
+        std::memcpy(out, g.store->data(uint32_t(p.slot)), size);
         return;
     }
-    const uint32_t cell = uint32_t(g.places[i].cell);
+    const uint32_t cell = uint32_t(p.cell);
     g.mover->get(&cell, &out, 1);
 }
 

@@ -25,8 +25,8 @@ public:
     virtual const asrkf_config & get_config() const = 0;
     virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
     virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
-    virtual size_t get_tokens(uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
-    virtual void   get_rows(llama_context * ctx, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
+    virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
+    virtual void   get_rows(llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
 
     virtual void     set_trace(asrkf_step * buffer, size_t capacity) = 0;
     virtual uint64_t get_trace_count() const = 0;

@@ -71,6 +71,7 @@ const field table[] = {
     { "pinned", TEXT, AT(pinned), "", 0, 0, "position ranges that are never frozen, \"0-128+512-640\", ends excluded" },
     { "host_limit", BYTES, AT(host_limit), "", 0, 1e18, "most bytes of the host store (8GiB); 0: no limit" },
     { "moves", CHOICE, AT(moves), "auto|direct|staged", 0, 0, "how rows move: by memcpy (device memory is host memory) or gathered through a staging buffer; staged copies a block when it seals" },
+    { "state", CHOICE, AT(state), "own|upstream", 0, 0, "what a saved state holds: all tokens, and scores and timers (own: loads here only), or llama.cpp's own format" },
     { "seed", INTEGER, AT(seed), "", 0, 4294967295.0, "of the random score" },
 };
 #undef AT
@@ -314,6 +315,7 @@ asrkf_config config_default(int32_t policy) {
     c.tau           = 0;
     c.block         = 32;
     c.moves         = MOVES_AUTO;
+    c.state         = STATE_OWN;
     set_text(c.layers, policy == ASRKF_POLICY_ASRKF ? "each" : "shared"); // the controls and the paper have one set
     set_text(c.score_layers, "auto");
     switch (policy) {

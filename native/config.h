@@ -21,6 +21,7 @@ std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 
 enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };
 enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
+enum state_kind { STATE_OWN = 0, STATE_UPSTREAM };
 enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };
 enum recall_kind { RECALL_OFF = 0, RECALL_EXACT, RECALL_MEAN_KEY };
 enum recovery_kind { RECOVERY_OFF = 0, RECOVERY_SOFT, RECOVERY_WINDOW, RECOVERY_FULL }; // the highest level that is used

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 namespace asrkf {
@@ -33,6 +34,7 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.pool_cells  = pool_cells;
     p.sinks       = config.sinks;
     p.window      = config.window ? config.window : pool_cells / 2;
+    p.half_window = config.window == 0;
     p.interval    = config.interval;
     p.block       = config.block;
     p.threshold   = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
@@ -56,10 +58,57 @@ uint64_t policy::required_cells(const policy_params & params, uint32_t n_ubatch,
 
 uint32_t policy::max_ubatch() const { return std::max(params.block, params.window / 2); }
 
-void policy::append(int32_t pos) {
+void policy::resize(uint32_t pool_cells) {
+    if (pool_cells == params.pool_cells) {
+        return;
+    }
+    params.pool_cells = pool_cells;
+    if (params.half_window) {
+        params.window = pool_cells / 2;
+    }
+    protection_changed = true; // the window is another, and there is more or less to give
+}
+
+void policy::insert(uint32_t index, int32_t pos) {
     token t;
     t.pos = pos;
-    tokens.push_back(t);
+    tokens.insert(tokens.begin() + index, t);
+}
+
+void policy::copy_token(uint32_t index, const policy & from, uint32_t from_token, bool frozen_copy) {
+    if (tokens.size() == 1) {
+        decision = from.decision;
+    }
+    const auto rebase = [&](uint32_t at) { return uint32_t(std::max<int64_t>(0, int64_t(at) - from.decision + decision)); };
+    token & t = tokens[index];
+    const token own = t;
+    t = from.tokens[from_token];
+    t.pos         = own.pos;
+    t.pinned      = own.pinned;
+    t.wake        = rebase(t.wake);
+    t.grace       = rebase(t.grace);
+    t.frozen_at   = rebase(t.frozen_at);
+    t.recalled_at = 0;
+    if (frozen_copy) {
+        t.returns = !t.frozen;
+        t.frozen  = true;
+        returning = true;
+    }
+    frozen_count += t.frozen - own.frozen;
+    protection_changed = true;
+}
+
+void policy::move_to(uint32_t index, int32_t pos) {
+    tokens[index].pos  = pos;
+    protection_changed = true;
+}
+
+void policy::reorder(const std::vector<uint32_t> & order) {
+    std::vector<token> before = std::move(tokens);
+    tokens.clear();
+    for (const uint32_t i : order) {
+        tokens.push_back(before[i]);
+    }
 }
 
 void policy::erase(uint32_t begin, uint32_t end) {
@@ -74,7 +123,7 @@ void policy::clear() {
     tokens.clear();
     frozen_count = decision = tokens_since_decide = tokens_since_score = 0;
     redundant_count    = 0;
-    protection_changed = false;
+    protection_changed = returning = false;
 }
 
 void policy::set_pinned(uint32_t index, bool pinned) {
@@ -85,8 +134,9 @@ void policy::set_pinned(uint32_t index, bool pinned) {
 void policy::set_frozen(uint32_t index, bool frozen, bool held) {
     token & t = tokens[index];
     frozen_count += uint32_t(frozen) - uint32_t(t.frozen);
-    t.frozen = frozen;
-    t.held   = held;
+    t.frozen  = frozen;
+    t.held    = held;
+    t.returns = false;
 }
 
 float policy::average_weight() const { return std::pow(params.ema, std::max(1.0f, float(tokens_of_score) / float(params.interval))); }
@@ -131,10 +181,10 @@ bool policy::scores_due(uint32_t n_new) const {
 
 plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) const {
     plan result;
-    const uint32_t n_free = params.pool_cells - n_active();
+    const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_to_choose = frozen_count == 0 && !params.threshold && n_free >= n_new + params.interval;
-    if (!protection_changed && n_free >= n_new && (nothing_to_choose || (!due && why == occasion::step))) {
+    const bool nothing_to_choose = frozen_count == 0 && !params.threshold && n_free >= int64_t(n_new) + params.interval;
+    if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }
     const int32_t pos_end = pos_new + int32_t(n_new);
@@ -229,6 +279,13 @@ void policy::decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end,
         return true;
     };
 
+    // 0. what was active when the state was saved
+    for (uint32_t i = 0; returning && i < n_tokens(); ++i) {
+        if (tokens[i].returns && tokens[i].frozen && !is_protected(i, pos_end)) {
+            choose(i, cause::refill);
+        }
+    }
+
     // 1. what the newest queries ask for, in whole blocks
     const bool   is_step  = why == occasion::step;
     const size_t n_before = result.restore.size();
@@ -318,7 +375,7 @@ void policy::decide_by_threshold(plan & result, uint32_t capacity, int32_t pos_e
             continue;
         }
         if (t.frozen) {
-            if (!t.held && t.wake <= decision) {
+            if (!t.held && (t.wake <= decision || t.returns)) {
                 expired.push_back(i);
             }
         } else if (rank(i) < params.tau) {
@@ -378,6 +435,12 @@ void policy::commit(const plan & done) {
     decision++;
     tokens_since_decide = 0;
     protection_changed  = false;
+    if (returning) { // what has not fitted waits as the others do
+        for (token & t : tokens) {
+            t.returns = false;
+        }
+        returning = false;
+    }
 }
 
 void policy::advance(uint32_t n_new, bool scored) {
@@ -387,6 +450,65 @@ void policy::advance(uint32_t n_new, bool scored) {
         tokens_of_score    = tokens_since_score;
         tokens_since_score = 0;
     }
+}
+
+namespace {
+
+// As they lie in memory: a state is read by what wrote it, or refused by its sizes.
+struct saved_head  { uint32_t token_bytes, n_tokens, decision, tokens_since_decide, tokens_since_score, tokens_of_score; };
+struct saved_token { float score, peak; uint32_t flags, count, wake, grace, frozen_at, recalled_at; };
+constexpr uint32_t SAVED_OBSERVED = 1, SAVED_FROZEN = 2, SAVED_HELD = 4;
+
+} // namespace
+
+std::vector<uint8_t> policy::save() const {
+    const saved_head head = { sizeof(saved_token), n_tokens(), decision, tokens_since_decide, tokens_since_score, tokens_of_score };
+    std::vector<uint8_t> bytes(sizeof(head) + tokens.size()*sizeof(saved_token));
+    std::memcpy(bytes.data(), &head, sizeof(head));
+    uint8_t * to = bytes.data() + sizeof(head);
+    for (const token & t : tokens) {
+        const uint32_t flags = (t.observed ? SAVED_OBSERVED : 0) | (t.frozen ? SAVED_FROZEN : 0) | (t.held ? SAVED_HELD : 0);
+        const saved_token s = { t.score, t.peak, flags, t.count, t.wake, t.grace, t.frozen_at, t.recalled_at };
+        std::memcpy(to, &s, sizeof(s));
+        to += sizeof(s);
+    }
+    return bytes;
+}
+
+bool policy::fits(const std::vector<uint8_t> & bytes, uint32_t n_tokens) {
+    saved_head head = {};
+    if (bytes.size() >= sizeof(head)) {
+        std::memcpy(&head, bytes.data(), sizeof(head));
+    }
+    return head.token_bytes == sizeof(saved_token) && head.n_tokens == n_tokens && bytes.size() == sizeof(head) + n_tokens*sizeof(saved_token);
+}
+
+void policy::load(const std::vector<uint8_t> & bytes) {
+    if (!fits(bytes, n_tokens())) {
+        throw error(ASRKF_INVALID_ARGUMENT, "the scores and timers of a state are not those of its tokens");
+    }
+    saved_head head;
+    std::memcpy(&head, bytes.data(), sizeof(head));
+    decision            = head.decision;
+    tokens_since_decide = head.tokens_since_decide;
+    tokens_since_score  = head.tokens_since_score;
+    tokens_of_score     = std::max(1u, head.tokens_of_score);
+    for (uint32_t i = 0; i < n_tokens(); ++i) {
+        token & t = tokens[i];
+        saved_token s;
+        std::memcpy(&s, bytes.data() + sizeof(head) + i*sizeof(s), sizeof(s));
+        t.observed    = (s.flags & SAVED_OBSERVED) && std::isfinite(s.score) && std::isfinite(s.peak);
+        t.score       = t.observed ? s.score : 0;
+        t.peak        = t.observed ? s.peak : 0;
+        t.held        = t.frozen && (s.flags & SAVED_FROZEN) && (s.flags & SAVED_HELD);
+        t.returns     = t.frozen && !(s.flags & SAVED_FROZEN);
+        t.count       = s.count;
+        t.wake        = s.wake;
+        t.grace       = s.grace;
+        t.frozen_at   = s.frozen_at;
+        t.recalled_at = s.recalled_at;
+    }
+    returning = protection_changed = true;
 }
 
 } // namespace asrkf

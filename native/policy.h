@@ -1,4 +1,5 @@
-// The freeze policy of one layer group: numbers in, decisions out. Knows no tensor, no cell and no llama.cpp.
+// The freeze policy of one sequence in one layer group: numbers in, decisions out. Knows no tensor, no cell and no
+// llama.cpp. Where several sequences share a pool, each decides about its share of it, which may change.
 //
 // Tokens are numbered by order of position (0 is the oldest). A decision is prepared by decide(), which changes
 // nothing, and takes effect by commit(), after the engine has moved the bytes.
@@ -26,6 +27,7 @@ struct policy_params {
     uint32_t   pool_cells    = 0;
     uint32_t   sinks         = 0;
     uint32_t   window        = 0;
+    bool       half_window   = false; // the window is half of the pool, whatever that is
     uint32_t   interval      = 1;
     uint32_t   block         = 32;
     bool       threshold     = false; // the paper's driver
@@ -78,8 +80,16 @@ public:
     // Longest step to let through: half a window, so that every new token sees at least half a window of its past.
     uint32_t max_ubatch() const;
 
+    // The cells to decide about from now on.
+    void resize(uint32_t pool_cells);
+
     // Bookkeeping, by the engine. Positions ascend.
-    void append(int32_t pos);
+    void append(int32_t pos) { insert(n_tokens(), pos); }
+    void insert(uint32_t token, int32_t pos);
+    // A token is one of another sequence, too, or a frozen copy of it: what is known of that one, but pins.
+    void copy_token(uint32_t token, const policy & from, uint32_t from_token, bool frozen_copy);
+    void move_to(uint32_t token, int32_t pos);               // positions have changed
+    void reorder(const std::vector<uint32_t> & order);       // and no longer ascended: which token comes first, second, ...
     void erase(uint32_t begin, uint32_t end);
     void clear();
     void set_pinned(uint32_t token, bool pinned);
@@ -111,7 +121,14 @@ public:
     // The step's tokens have been appended.
     void advance(uint32_t n_new, bool scored);
 
-    const policy_params params;
+    // Scores, timers and what is frozen as bytes, for a saved state; load() throws error(ASRKF_INVALID_ARGUMENT) and changes
+    // nothing if they are not those of so many tokens. Positions and pins are not among them. All tokens are to be frozen
+    // when load() is called: the next decision brings back what was active, as far as the pool goes.
+    std::vector<uint8_t> save() const;
+    static bool fits(const std::vector<uint8_t> & bytes, uint32_t n_tokens);
+    void load(const std::vector<uint8_t> & bytes);
+
+    policy_params params; // changed by resize() only
 
 private:
     struct token {
@@ -122,6 +139,7 @@ private:
         bool     frozen   = false;
         bool     held     = false;  // frozen by request: only a request (or the window) brings it back
         bool     pinned   = false;
+        bool     returns  = false;  // was active in the state that was loaded: comes back first
         uint32_t count    = 0;      // c: times found unimportant
         uint32_t wake     = 0;      // decision at which the timer ends
         uint32_t grace    = 0;      // decision before which a token restored by timer is not judged
@@ -143,6 +161,7 @@ private:
     uint32_t tokens_since_score  = 0;
     uint32_t tokens_of_score     = 1; // that the last scores stand for
     bool     protection_changed  = false; // tokens that must be active again may be frozen
+    bool     returning           = false; // some tokens of a loaded state come back first
 };
 
 } // namespace asrkf

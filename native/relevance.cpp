@@ -37,44 +37,48 @@ index_rows::index_rows(uint32_t n_rows, uint32_t tokens_per_row) : tokens_per_ro
     }
 }
 
-void index_rows::append() {
-    const bool in_block = !rows.empty() && (counts[rows.back()] < tokens_per_row || free_rows.empty());
-    if (!in_block) {
-        rows.push_back(free_rows.back());
+void index_rows::append(uint32_t record, int64_t after) {
+    rows.resize(std::max<size_t>(rows.size(), record + 1));
+    if (after >= 0 && counts[rows[size_t(after)]] < tokens_per_row) {
+        rows[record] = rows[size_t(after)];
+    } else if (!free_rows.empty()) {
+        rows[record] = free_rows.back();
         free_rows.pop_back();
     } else {
-        rows.push_back(rows.back());
+        rows[record] = after >= 0 ? rows[size_t(after)] : uint32_t(std::min_element(counts.begin(), counts.end()) - counts.begin());
     }
-    counts[rows.back()]++;
+    counts[rows[record]]++;
 }
 
-void index_rows::erase(uint32_t begin, uint32_t end) {
-    for (uint32_t i = end; i-- > begin; ) {
-        if (--counts[rows[i]] == 0) {
-            free_rows.push_back(rows[i]);
-        }
+void index_rows::release(uint32_t record) {
+    if (--counts[rows[record]] == 0) {
+        free_rows.push_back(rows[record]);
     }
-    rows.erase(rows.begin() + begin, rows.begin() + end);
 }
 
-uint32_t index_rows::n_used() const { return rows.empty() ? 0 : *std::max_element(rows.begin(), rows.end()) + 1; }
+uint32_t index_rows::n_used() const {
+    uint32_t n = uint32_t(counts.size());
+    while (n > 0 && counts[n - 1] == 0) {
+        n--;
+    }
+    return n;
+}
 
 void query_rings::keep(const std::vector<int32_t> & step_pos, std::vector<int32_t> & tokens, std::vector<int64_t> & rows) {
     const uint32_t n = uint32_t(step_pos.size()), n_spread = std::min(n, n_queries), n_end = std::min(n, PROMPT_END_QUERIES);
-    tokens.clear();
-    rows.clear();
+    const size_t n_tokens_before = tokens.size(), n_rows_before = rows.size();
     for (uint32_t i = 0; i < n_spread; ++i) { // a long step is judged by queries from all over it, not by its end
         tokens.push_back(int32_t((i + 1)*n/n_spread) - 1);
-        rows.push_back(next);
+        rows.push_back(first_row + next);
         next = (next + 1) % n_queries;
     }
     for (uint32_t i = 0; i < n_end; ++i) {
         tokens.push_back(int32_t(n - n_end + i));
-        rows.push_back(n_queries + next_end);
+        rows.push_back(first_row + n_queries + next_end);
         next_end = (next_end + 1) % PROMPT_END_QUERIES;
     }
-    for (size_t i = 0; i < rows.size(); ++i) {
-        pos[size_t(rows[i])] = step_pos[size_t(tokens[i])];
+    for (size_t i = 0; n_rows_before + i < rows.size(); ++i) {
+        pos[size_t(rows[n_rows_before + i]) - first_row] = step_pos[size_t(tokens[n_tokens_before + i])];
     }
 }
 
@@ -84,13 +88,21 @@ void query_rings::forget_from(int32_t first_pos) {
     }
 }
 
+std::vector<int32_t> query_rings::scoring_rows(bool prompt_end) const {
+    std::vector<int32_t> rows;
+    for (uint32_t i = prompt_end ? n_queries : 0; i < (prompt_end ? n_queries + PROMPT_END_QUERIES : n_queries); ++i) {
+        rows.push_back(int32_t(first_row + i));
+    }
+    return rows;
+}
+
 std::vector<int32_t> query_rings::positions(bool prompt_end) const {
     return prompt_end ? std::vector<int32_t>(pos.begin() + n_queries, pos.end()) : std::vector<int32_t>(pos.begin(), pos.begin() + n_queries);
 }
 
-relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_queries, ggml_type type,
+relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
         score_kind kind, float soft_cap, bool no_alloc)
-    : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_queries(n_queries), kind(kind), soft_cap(soft_cap), states(layers.size()) {
+    : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_ring_rows(n_ring_rows), kind(kind), soft_cap(soft_cap), states(layers.size()) {
     std::vector<ggml_backend_buffer_type_t> bufts;
     for (const scoring_layer & l : specs) {
         if (l.head % ggml_blck_size(type) != 0) {
@@ -107,7 +119,7 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
                 states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
-                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_queries + PROMPT_END_QUERIES);
+                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_ring_rows);
             }
         }
         size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
@@ -134,56 +146,56 @@ void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
     ggml_backend_tensor_set(index, bytes, row*index->nb[1], index->nb[1]);
 }
 
-relevance::branch relevance::new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored, bool prompt_end) const {
-    const uint32_t n_kept = query_rings::n_kept(n_tokens, n_queries);
+relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape & shape) const {
+    const auto input = [&](ggml_tensor * t) {
+        ggml_set_input(t);
+        return t;
+    };
     branch b;
-    b.n_scored   = n_scored;
-    b.prompt_end = prompt_end;
-    b.rows       = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_written(n_tokens));
-    b.queries    = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_kept);
-    b.query_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_kept);
+    b.shape      = shape;
+    b.rows       = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, shape.n_written));
+    b.queries    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_kept));
+    b.query_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, shape.n_kept));
     if (is_mean()) {
-        b.read_rows = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n_written(n_tokens));
-        b.keep      = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, n_written(n_tokens));
-        b.weights   = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_tokens, n_written(n_tokens));
-        ggml_set_input(b.read_rows);
-        ggml_set_input(b.keep);
-        ggml_set_input(b.weights);
+        b.read_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_written));
+        b.keep      = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, shape.n_written));
+        b.weights   = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_tokens, shape.n_written));
     }
-    ggml_set_input(b.rows);
-    ggml_set_input(b.queries);
-    ggml_set_input(b.query_rows);
-    if (n_scored > 0 && kind == SCORE_ATTENTION) {
-        b.mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_scored, n_scoring(prompt_end));
-        ggml_set_input(b.mask);
+    if (shape.n_scored > 0) {
+        b.scoring = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring));
+        if (kind == SCORE_ATTENTION) {
+            b.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring));
+        }
     }
     return b;
 }
 
 // A mean of c tokens, m of them written by this step, is (1 - m/c) of what it was and 1/c of each: exact for tokens that come
 // in order. What is written again (rewalk), or follows a cut within a block, leaves the old keys a share.
-void relevance::set_written(const branch & b, const index_rows & index, uint32_t begin, uint32_t n) const {
+void relevance::set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const {
     std::vector<int64_t> written;
     if (!is_mean()) {
-        for (uint32_t i = begin; i < begin + n; ++i) {
-            written.push_back(index[i]);
+        for (const uint32_t r : records) {
+            written.push_back(index[r]);
         }
         ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
         return;
     }
-    const uint32_t n_most = n_written(n);
-    std::vector<float> keep(n_most, 0), weights(size_t(n)*n_most, 0);
-    for (uint32_t i = begin; i < begin + n; ++i) {
-        if (written.empty() || written.back() != index[i]) {
-            if (written.size() == n_most) {
-                break; // after cuts within blocks a rewalk may meet more of them: those keep their means
-            }
-            keep[written.size()] = 1;
-            written.push_back(index[i]);
+    const size_t n = records.size(), n_most = b.shape.n_written;
+    std::vector<float> keep(n_most, 0), weights(n*n_most, 0);
+    for (size_t i = 0; i < n; ++i) {
+        const int64_t row = index[records[i]];
+        const size_t  at  = size_t(std::find(written.begin(), written.end(), row) - written.begin());
+        if (at == n_most) {
+            continue; // after cuts within blocks a rewalk may meet more of them: those keep their means
         }
-        const float share = 1.0f / float(index.tokens_of(index[i]));
-        keep[written.size() - 1] -= share;
-        weights[(written.size() - 1)*n + i - begin] = share;
+        if (at == written.size()) {
+            keep[at] = 1;
+            written.push_back(row);
+        }
+        const float share = 1.0f / float(index.tokens_of(uint32_t(row)));
+        keep[at] -= share;
+        weights[at*n + i] = share;
     }
     written.resize(n_most, n_rows);
     const std::vector<int32_t> read(written.begin(), written.end());
@@ -193,20 +205,26 @@ void relevance::set_written(const branch & b, const index_rows & index, uint32_t
     ggml_backend_tensor_set(b.weights, weights.data(), 0, ggml_nbytes(b.weights));
 }
 
-void relevance::set_mask(const branch & b, const index_rows & index, const std::vector<int32_t> & token_pos, const std::vector<int32_t> & query_pos) const {
+void relevance::set_mask(const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const {
     if (!b.mask) {
         return;
     }
-    std::vector<float> mask(size_t(b.n_scored)*query_pos.size(), 0);
-    for (size_t q = 0; q < query_pos.size(); ++q) {
-        float * seen = mask.data() + q*b.n_scored;
-        for (uint32_t i = 0; i < index.n_tokens() && token_pos[i] <= query_pos[q]; ++i) { // positions ascend
-            seen[index[i]] += 1;
+    const uint32_t n_scored = b.shape.n_scored;
+    std::vector<float> mask(size_t(n_scored)*queries.size(), 0);
+    for (size_t q = 0; q < queries.size(); ++q) {
+        float * seen = mask.data() + q*n_scored;
+        const auto & [pos, records, positions] = queries[q];
+        for (size_t i = 0; i < records->size() && (*positions)[i] <= pos; ++i) {
+            const uint32_t row = index[(*records)[i]];
+            if (row < n_scored) {
+                seen[row] += 1;
+            }
         }
-        for (uint32_t row = 0; row < b.n_scored; ++row) {
+        for (uint32_t row = 0; row < n_scored; ++row) {
             seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
         }
-        seen[index[0]] = std::max(seen[index[0]], 0.0f); // a query that is gone sees the first token: a row must not be empty
+        float & first = seen[std::min(n_scored - 1, index[records->front()])];
+        first = std::max(first, 0.0f); // a query that is gone sees the first token: a row must not be empty
     }
     ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
 }
@@ -227,14 +245,16 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     ggml_build_forward_expand(gf, index);
     ggml_build_forward_expand(gf, ring);
     b.n_built++;
-    if (b.n_scored == 0) {
+    if (b.shape.n_scored == 0) {
         return;
     }
 
-    const int64_t n = b.n_scored, n_scoring = this->n_scoring(b.prompt_end);
+    const bool    prompt_end = b.shape.prompt_end;
+    const int64_t n = b.shape.n_scored, n_scoring = b.shape.n_scoring;
     index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
     // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
-    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), b.prompt_end ? n_queries*ring->nb[1] : 0));
+    ring  = ggml_get_rows(ctx, ring, b.scoring);
+    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));
     ring  = ggml_reshape_3d(ctx, ring, l.head, n_scoring*(l.n_head/l.n_head_kv), l.n_head_kv);
     ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_scoring, l.n_head);
     if (kind == SCORE_MAGNITUDE) {
@@ -251,7 +271,7 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     // query asks for would bounce
     ggml_tensor * heads = ggml_reshape_2d(ctx, fold(ctx, kq, false), n, l.n_head);
     ggml_tensor * mean  = fold(ctx, heads, false);
-    ggml_tensor * peak  = b.prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
+    ggml_tensor * peak  = prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
                                        : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(n_scoring));
 
     // expanded here, so that a layer's branch runs beside its attention and its memory is free again

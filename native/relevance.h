@@ -31,53 +31,76 @@ struct scoring_layer {
     ggml_backend_buffer_type_t buft; // where the layer's cache is
 };
 
-// Which row of the index each token has. Tokens are numbered as in the policy; one that goes gives its place back. Where
-// many short ranges went, no row may be free: then the newest row takes more tokens than the others.
+// Which row of the index each record (a token's K and V, which sequences may share) has. One that goes gives its place
+// back. Where many short ranges went, no row may be free: then another row takes more tokens than the others.
 class index_rows {
 public:
     index_rows(uint32_t n_rows, uint32_t tokens_per_row);
 
-    void     append();
-    void     erase(uint32_t begin, uint32_t end);
-    uint32_t operator[](uint32_t token) const { return rows[token]; }
-    uint32_t n_tokens() const { return uint32_t(rows.size()); }
+    // after: the record before it in its sequence, -1 for none or one that is shared: a mean is of one sequence's tokens.
+    void     append(uint32_t record, int64_t after);
+    void     release(uint32_t record);
+    uint32_t operator[](uint32_t record) const { return rows[record]; }
     uint32_t tokens_of(uint32_t row) const { return counts[row]; }
     uint32_t n_used() const; // rows from 0 on that hold all tokens
 
     const uint32_t tokens_per_row;
 
 private:
-    std::vector<uint32_t> rows;      // by token
+    std::vector<uint32_t> rows;      // by record
     std::vector<uint32_t> counts;    // by row: its tokens
     std::vector<uint32_t> free_rows; // the last is taken first
 };
 
-// The queries that are kept: of steps a few, spread over a long one; and the newest tokens' all, for where a prompt ends.
+// The queries of a sequence that are kept: of steps a few, spread over a long one; and the newest tokens' all, for where
+// a prompt ends.
 constexpr uint32_t PROMPT_END_QUERIES = 32;
 
 class query_rings {
 public:
-    explicit query_rings(uint32_t n_queries) : n_queries(n_queries), pos(n_queries + PROMPT_END_QUERIES, -1) {}
+    // first_row: of the device's rows, those from here on are this sequence's.
+    query_rings(uint32_t n_queries, uint32_t first_row) : n_queries(n_queries), first_row(first_row), pos(n_queries + PROMPT_END_QUERIES, -1) {}
 
     static uint32_t n_kept(uint32_t n_tokens, uint32_t n_queries) { return std::min(n_tokens, n_queries) + std::min(n_tokens, PROMPT_END_QUERIES); }
-    // Of a step at these positions: tokens to keep, and the ring row of each.
+    // Of a step at these positions: tokens to keep, and the device's row of each; appended.
     void keep(const std::vector<int32_t> & step_pos, std::vector<int32_t> & tokens, std::vector<int64_t> & rows);
     void forget_from(int32_t first_pos);
-    // Positions of the queries that score, -1 for none.
+    // The queries that score: their rows, and positions, -1 for none.
+    std::vector<int32_t> scoring_rows(bool prompt_end) const;
     std::vector<int32_t> positions(bool prompt_end) const;
 
 private:
-    const uint32_t       n_queries;
+    uint32_t             n_queries, first_row;
     std::vector<int32_t> pos; // by row: those of steps, then those for a prompt's end
     uint32_t             next = 0, next_end = 0;
 };
 
+// A query that scores, and the sequence that it sees: positions ascend.
+struct scoring_query {
+    int32_t                       pos; // -1: it is gone
+    const std::vector<uint32_t> * records;
+    const std::vector<int32_t>  * positions;
+};
+
+// The shape of one graph's branch.
+struct branch_shape {
+    uint32_t n_tokens   = 0;
+    uint32_t n_written  = 0;     // index rows
+    uint32_t n_kept     = 0;     // queries
+    uint32_t n_scored   = 0;     // index rows that are scored, 0 in a graph that only writes
+    uint32_t n_scoring  = 0;     // by so many queries
+    bool     prompt_end = false; // which are those of a prompt's end
+    bool operator==(const branch_shape & o) const {
+        return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept && n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end;
+    }
+};
+
 class relevance {
 public:
-    // soft_cap: of the attention logits, 0 for none. no_alloc: sizes only. Throws error(ASRKF_UNSUPPORTED) if the type
-    // does not divide a head, error(ASRKF_INTERNAL) without memory. With more
+    // n_ring_rows: of queries, all sequences together. soft_cap: of the attention logits, 0 for none. no_alloc: sizes only.
+    // Throws error(ASRKF_UNSUPPORTED) if the type does not divide a head, error(ASRKF_INTERNAL) without memory. With more
     // than one token a row, rows are means of keys.
-    relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_queries, ggml_type type,
+    relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
             score_kind kind, float soft_cap, bool no_alloc);
 
     const std::vector<scoring_layer> & layers() const { return specs; }
@@ -85,26 +108,29 @@ public:
     uint32_t rows() const { return n_rows; }
     const std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> & breakdown() const { return sizes; }
 
+    // Index rows that a step writes which gives a sequence so many tokens: it may begin and end within a block.
+    uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
+
     // One graph's inputs and outputs.
     struct branch {
-        uint32_t      n_scored   = 0;        // rows that are scored, 0 in a graph that only writes
-        bool          prompt_end = false;    // which queries score
+        branch_shape  shape;
         ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
         ggml_tensor * read_rows  = nullptr;  // I32 [n_written]: the same rows, where a row is a mean
         ggml_tensor * keep       = nullptr;  // F32 [1, n_written]: part of a mean that stays
         ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
         ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
         ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
+        ggml_tensor * scoring    = nullptr;  // I32 [n_scoring]: rows of the rings that score
         ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for
         ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
         ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
         uint32_t      n_built    = 0;
     };
-    branch new_branch(ggml_context * ctx, uint32_t n_tokens, uint32_t n_scored, bool prompt_end) const;
-    // What the branch writes for tokens begin to begin + n (rows, read_rows, keep, weights), and what it masks: each
-    // scoring query's position, -1 for none, against the tokens'.
-    void set_written(const branch & b, const index_rows & index, uint32_t begin, uint32_t n) const;
-    void set_mask   (const branch & b, const index_rows & index, const std::vector<int32_t> & token_pos, const std::vector<int32_t> & query_pos) const;
+    branch new_branch(ggml_context * ctx, const branch_shape & shape) const;
+    // What the branch writes for these records, one for each of the step's tokens (rows, read_rows, keep, weights), and what
+    // it masks.
+    void set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const;
+    void set_mask   (const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const;
 
     // Add scoring layer i: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache sees
     // them. Layers in order; the last one completes the outputs.
@@ -116,14 +142,11 @@ private:
     struct state { ggml_tensor * index; ggml_tensor * ring; };
 
     bool is_mean() const { return tokens_per_row > 1; }
-    uint32_t n_scoring(bool prompt_end) const { return prompt_end ? PROMPT_END_QUERIES : n_queries; }
-    // A step may begin and end within a block.
-    uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
 
     const std::vector<scoring_layer>     specs;
     const uint32_t                       n_rows;
     const uint32_t                       tokens_per_row;
-    const uint32_t                       n_queries;
+    const uint32_t                       n_ring_rows;
     const score_kind                     kind;
     const float                          soft_cap;
     std::vector<ggml_context_ptr>        contexts;

@@ -78,6 +78,7 @@ struct asrkf_config {
     uint32_t block;
     uint32_t seed;
     int32_t  moves;
+    int32_t  state;
     uint64_t host_limit;       /* bytes, 0: no limit */
     char     layers[1024];
     char     calibration[1024];
@@ -103,7 +104,8 @@ struct asrkf_stats {
     uint32_t pool_cells;               /* means over the layers; asrkf_get_group_stats() has each group's */
     uint32_t active_cells;
     uint32_t frozen_cells;
-    uint64_t tokens;                   /* of the sequence: active + frozen */
+    uint32_t n_sequences;              /* that have tokens */
+    uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
     uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
@@ -217,12 +219,12 @@ ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, st
 ASRKF_API enum asrkf_status asrkf_get_stats      (struct llama_context * ctx, struct asrkf_stats * out);
 ASRKF_API enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out);
 
-/* States of the sequence's tokens in one layer group, in order of position: positions to out_pos, enum
+/* States of a sequence's tokens in one layer group, in order of position: positions to out_pos, enum
  * asrkf_token_state to out_state (either may be NULL), at most capacity of them; *out_n gets how many there are. */
-ASRKF_API enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n);
-/* Raw cache bytes (K then V, layer by layer) of the token at pos in one layer group, from wherever they are. size must
+ASRKF_API enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n);
+/* Raw cache bytes (K then V, layer by layer) of a sequence's token at pos in one layer group, from wherever they are. size must
  * be the group's token_bytes. */
-ASRKF_API enum asrkf_status asrkf_get_rows(struct llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size);
+ASRKF_API enum asrkf_status asrkf_get_rows(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, void * out, size_t size);
 
 /* Record every step into the caller's ring buffer (NULL: stop); both start the count anew. The buffer must outlive the
  * context or the call that stops it. asrkf_trace_count() gives the steps recorded so far; entry i is at i % capacity. */

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <string>
 #include <utility>
@@ -43,14 +44,21 @@ template <typename Body> std::string thrown(Body body) {
     return "";
 }
 
+// ASRKF_TEST_ONLY: those whose name has this in it.
 inline int run_all_tests() {
-    int n_failed = 0;
+    const char * only = std::getenv("ASRKF_TEST_ONLY");
+    size_t n_run = 0, n_failed = 0;
+    std::setvbuf(stdout, nullptr, _IOLBF, 0); // a test that crashes has said what came before
     for (const auto & [name, body] : all_tests()) {
+        if (only && name.find(only) == std::string::npos) {
+            continue;
+        }
+        n_run++;
         const int before = n_failed_checks;
         body();
         std::printf("%s %s\n", n_failed_checks == before ? "ok  " : "FAIL", name.c_str());
         n_failed += n_failed_checks != before;
     }
-    std::printf("%zu passed, %d failed (%d checks)\n", all_tests().size() - size_t(n_failed), n_failed, n_checks);
+    std::printf("%zu passed, %zu failed (%d checks)\n", n_run - n_failed, n_failed, n_checks);
     return n_failed == 0 && n_checks > 0 ? 0 : 1;
 }

@@ -68,6 +68,8 @@ struct oracle {
     }
 };
 
+constexpr uint32_t FIRST_RING_ROW = 5; // those before are another sequence's
+
 void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end = false) {
     const uint32_t n_kept_rows = s.n_queries + PROMPT_END_QUERIES;
     std::mt19937 random(42);
@@ -77,11 +79,11 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
     for (uint32_t i = 0; i < s.n_layers; ++i) {
         layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
     }
-    relevance branch_of(layers, N_ROWS, 1, s.n_queries, type, kind, s.soft_cap, false);
+    relevance branch_of(layers, N_ROWS, 1, FIRST_RING_ROW + n_kept_rows, type, kind, s.soft_cap, false);
     CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + n_kept_rows*s.n_head*s.head*sizeof(float)));
 
     oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), {} };
-    query_rings rings(s.n_queries);
+    query_rings rings(s.n_queries, FIRST_RING_ROW);
     o.keys.assign(s.n_layers, std::vector<std::vector<float>>(N_ROWS, std::vector<float>(size_t(s.head*s.n_head_kv), 0)));
     o.queries.assign(s.n_layers, std::vector<std::vector<float>>(n_kept_rows, std::vector<float>(size_t(s.head*s.n_head), 0)));
     const float scale = 1.0f/std::sqrt(float(s.head));
@@ -93,7 +95,8 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 4096, false);
-        relevance::branch b = branch_of.new_branch(ctx, n_tokens, n_scored, prompt_end);
+        relevance::branch b = branch_of.new_branch(ctx, { n_tokens, n_tokens, query_rings::n_kept(n_tokens, s.n_queries), n_scored,
+                prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end });
         std::vector<ggml_tensor *> tq, tk;
         for (uint32_t i = 0; i < s.n_layers; ++i) {
             tq.push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head, n_tokens));
@@ -131,12 +134,16 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
             }
             for (size_t t = 0; t < kept.size(); ++t) {
                 const float * from = q.data() + size_t(kept[t])*size_t(s.head*s.n_head);
-                o.queries[i][size_t(query_rows[t])].assign(from, from + s.head*s.n_head);
+                o.queries[i][size_t(query_rows[t]) - FIRST_RING_ROW].assign(from, from + s.head*s.n_head);
             }
         }
         ggml_backend_tensor_set(b.rows, rows.data(), 0, ggml_nbytes(b.rows));
         ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
+        if (b.scoring) {
+            const auto scoring = rings.scoring_rows(prompt_end);
+            ggml_backend_tensor_set(b.scoring, scoring.data(), 0, ggml_nbytes(b.scoring));
+        }
         if (b.mask) {
             const auto scoring_pos = rings.positions(prompt_end);
             std::vector<float> mask(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
@@ -190,27 +197,30 @@ void compare_means(bool cut) {
     std::mt19937 random(7);
     std::normal_distribution<float> normal;
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
-    relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
+    relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1 + PROMPT_END_QUERIES, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
     index_rows index(N_ROWS, PER_ROW);
-    query_rings rings(1);
+    query_rings rings(1, 0);
+    std::vector<uint32_t> records; // by token: numbers in no order
     std::vector<std::vector<float>> keys; // by token
     std::vector<std::vector<double>> stored(N_ROWS, std::vector<double>(HEAD, 0)); // by row, as relevance.cpp says
     std::vector<int32_t> positions;
     std::vector<float> query(HEAD);
     const auto step = [&](uint32_t n, bool again) {
-        const uint32_t begin = index.n_tokens() - (again ? n : 0);
+        const uint32_t begin = uint32_t(records.size()) - (again ? n : 0);
         ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead_custom(256, false), nullptr, true };
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 256, false);
-        relevance::branch b = branch_of.new_branch(ctx, n, N_ROWS, false);
+        relevance::branch b = branch_of.new_branch(ctx, { n, branch_of.n_written(n), query_rings::n_kept(n, 1), N_ROWS, 1, false });
         ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n), * k = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n);
         branch_of.build(ctx, graph, b, 0, q, k, 1.0f);
         ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
         std::vector<float> values;
         for (uint32_t i = 0; i < n; ++i) {
             if (!again) {
-                index.append();
+                const int64_t after = records.empty() ? -1 : int64_t(records.back());
+                records.push_back(uint32_t(records.size()*37 % 401));
+                index.append(records.back(), after);
                 positions.push_back(positions.empty() ? 5 : positions.back() + 1);
                 keys.emplace_back(HEAD);
                 for (float & x : keys.back()) { x = normal(random); }
@@ -225,10 +235,10 @@ void compare_means(bool cut) {
         }
         ggml_backend_tensor_set(q, values.data(), 0, ggml_nbytes(q));
         for (uint32_t i = begin; i < begin + n; ) {
-            const uint32_t row = index[i], count = index.tokens_of(row);
+            const uint32_t row = index[records[i]], count = index.tokens_of(row);
             std::vector<double> sum(HEAD, 0);
             uint32_t m = 0;
-            for (; i < begin + n && index[i] == row; ++i, ++m) {
+            for (; i < begin + n && index[records[i]] == row; ++i, ++m) {
                 for (uint32_t d = 0; d < HEAD; ++d) { sum[d] += keys[i][d]; }
             }
             for (uint32_t d = 0; d < HEAD; ++d) {
@@ -240,8 +250,10 @@ void compare_means(bool cut) {
         rings.keep(std::vector<int32_t>(positions.begin() + begin, positions.end()), kept, query_rows);
         ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
-        branch_of.set_written(b, index, begin, n);
-        branch_of.set_mask(b, index, positions, rings.positions(false));
+        const std::vector<int32_t> scoring = rings.scoring_rows(false);
+        ggml_backend_tensor_set(b.scoring, scoring.data(), 0, ggml_nbytes(b.scoring));
+        branch_of.set_written(b, index, std::vector<uint32_t>(records.begin() + begin, records.end()));
+        branch_of.set_mask(b, index, { { rings.positions(false)[0], &records, &positions } });
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
         std::vector<float> found(N_ROWS);
@@ -277,8 +289,8 @@ void compare_means(bool cut) {
         for (uint32_t row = 0; row < index.n_used(); ++row) {
             for (uint32_t d = 0; d < HEAD; ++d) {
                 double sum = 0;
-                for (uint32_t i = 0; i < index.n_tokens(); ++i) {
-                    sum += index[i] == row ? double(keys[i][d]) : 0;
+                for (size_t i = 0; i < records.size(); ++i) {
+                    sum += index[records[i]] == row ? double(keys[i][d]) : 0;
                 }
                 worst = std::max(worst, std::fabs(stored[row][d] - sum/index.tokens_of(row)));
             }
@@ -289,16 +301,19 @@ void compare_means(bool cut) {
         CHECK(compared(step(n, false)) < 2e-3);
     }
     CHECK(worst_row() < 1e-6); // in order: exact
-    CHECK(index.n_used() == 10 && index.tokens_of(index[147]) == 4);
+    CHECK(index.n_used() == 10 && index.tokens_of(index[records[147]]) == 4);
     if (cut) { // the newest 13 tokens go: the row that is left with 7 keeps a share of the 9 that it lost
-        index.erase(135, 148);
+        for (size_t i = 148; i-- > 135; ) {
+            index.release(records[i]);
+        }
+        records.resize(135);
         keys.resize(135);
         positions.resize(135);
-        CHECK(index.tokens_of(index[134]) == 7 && index.n_used() == 9);
+        CHECK(index.tokens_of(index[records[134]]) == 7 && index.n_used() == 9);
         CHECK(compared(step(1, false)) < 2e-3);
         CHECK(worst_row() > 1e-3);
-        CHECK(compared(step(8, false)) < 2e-3 && index.tokens_of(index[143]) == 16);
-        CHECK(compared(step(1, false)) < 2e-3 && index.tokens_of(index[144]) == 1); // a row of its own: its old content is gone
+        CHECK(compared(step(8, false)) < 2e-3 && index.tokens_of(index[records[143]]) == 16);
+        CHECK(compared(step(1, false)) < 2e-3 && index.tokens_of(index[records[144]]) == 1); // a row of its own: its old content is gone
     } else { // computed again: the rows that are written whole are exact, of the first one 11 of 16 tokens are new
         for (uint32_t i = 133; i < 148; ++i) {
             for (float & x : keys[i]) { x = normal(random); }
@@ -331,12 +346,14 @@ TEST(mean_key, "rows that are means of 16 keys, whatever the steps; computed aga
 }
 
 TEST(rings, "steps keep a few queries from all over them, and a prompt's end the newest ones") {
-    query_rings rings(4);
+    query_rings rings(4, 0);
     std::vector<int32_t> tokens, step(100);
     std::vector<int64_t> rows;
     std::iota(step.begin(), step.end(), 1000);
     rings.keep(step, tokens, rows);
     CHECK(tokens.size() == 36 && tokens[0] == 24 && tokens[3] == 99 && tokens[4] == 68 && tokens[35] == 99);
+    tokens.clear();
+    rows.clear();
     rings.keep({ 1100, 1101 }, tokens, rows);
     CHECK((tokens == std::vector<int32_t>{ 0, 1, 0, 1 }) && (rows == std::vector<int64_t>{ 0, 1, 4, 5 }));
     CHECK((rings.positions(false) == std::vector<int32_t>{ 1100, 1101, 1074, 1099 }));
@@ -345,24 +362,31 @@ TEST(rings, "steps keep a few queries from all over them, and a prompt's end the
     CHECK(newest.size() == PROMPT_END_QUERIES && newest.front() == 1070 && newest.back() == 1101);
     rings.forget_from(1099);
     CHECK((rings.positions(false) == std::vector<int32_t>{ -1, -1, 1074, -1 }));
+    query_rings second(4, 36); // appends what is another sequence's, in rows of its own
+    second.keep({ 7 }, tokens, rows);
+    CHECK((rows == std::vector<int64_t>{ 0, 1, 4, 5, 36, 40 }) && (second.scoring_rows(false) == std::vector<int32_t>{ 36, 37, 38, 39 }));
 }
 
-TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and the newest row takes what finds no other") {
+TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and where none is free another takes more") {
     index_rows rows(4, 4);
-    for (int i = 0; i < 16; ++i) { rows.append(); }
+    for (uint32_t i = 0; i < 16; ++i) { rows.append(i, int64_t(i) - 1); }
     CHECK(rows[0] == rows[3] && rows[3] != rows[4] && rows.n_used() == 4);
-    rows.erase(5, 7); // a hole: its row has two tokens and stays
-    CHECK(rows.tokens_of(rows[5]) == 2 && rows.n_tokens() == 14);
-    rows.append(); // no row is free
-    CHECK(rows[14] == rows[13] && rows.tokens_of(rows[14]) == 5);
-    rows.erase(0, 4);
-    rows.append();
-    rows.append();
-    CHECK(rows[rows.n_tokens() - 1] != rows[9] && rows.tokens_of(rows[rows.n_tokens() - 1]) == 2);
-    rows.erase(0, rows.n_tokens());
+    rows.release(5); // a hole: the row has two tokens and stays
+    rows.release(6);
+    CHECK(rows.tokens_of(rows[4]) == 2);
+    rows.append(5, 15); // no row is free
+    CHECK(rows[5] == rows[15] && rows.tokens_of(rows[5]) == 5);
+    rows.append(6, -1); // nor for another sequence: the row with the fewest
+    CHECK(rows[6] == rows[4] && rows.tokens_of(rows[6]) == 3);
+    for (uint32_t i = 0; i < 4; ++i) { rows.release(i); }
+    rows.append(0, 5);
+    rows.append(1, 0);
+    rows.append(2, -1); // nothing that it may follow, and no row is free
+    CHECK(rows[0] != rows[15] && rows[1] == rows[0] && rows[2] == rows[0] && rows.tokens_of(rows[0]) == 3);
+    for (const uint32_t i : { 0u, 1u, 2u, 4u, 5u, 6u, 7u, 8u, 9u, 10u, 11u, 12u, 13u, 14u, 15u }) { rows.release(i); }
     CHECK(rows.n_used() == 0);
     index_rows single(3, 1);
-    for (int i = 0; i < 3; ++i) { single.append(); CHECK(single[uint32_t(i)] == uint32_t(i)); }
+    for (uint32_t i = 0; i < 3; ++i) { single.append(i, int64_t(i) - 1); CHECK(single[i] == i); }
 }
 
 TEST(wrong_type, "an index type whose blocks do not divide a head is refused") {
