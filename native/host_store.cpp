@@ -7,6 +7,8 @@ namespace asrkf {
 // large enough for few allocations, small enough that the reported bytes follow the frozen ones
 constexpr size_t ARENA_BYTES = 4u << 20;
 
+thread_local uint32_t fail_arena_in = 0;
+
 host_store::host_store(size_t slot_bytes, ggml_backend_buffer_type_t buft, host_budget & budget)
     : slot_bytes(slot_bytes), buft(buft), budget(budget) {}
 
@@ -23,7 +25,8 @@ bool host_store::grow(size_t wanted) {
             return false;
         }
     }
-    ggml_backend_buffer_t arena = ggml_backend_buft_alloc_buffer(buft, n*slot_bytes);
+    const bool fails = fail_arena_in > 0 && --fail_arena_in == 0;
+    ggml_backend_buffer_t arena = fails ? nullptr : ggml_backend_buft_alloc_buffer(buft, n*slot_bytes);
     if (!arena) {
         throw error(ASRKF_INTERNAL, format("the host store could not allocate %zu bytes (%s): free host memory or set host_limit",
                 n*slot_bytes, ggml_backend_buft_name(buft)));

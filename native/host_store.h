@@ -19,6 +19,9 @@ struct host_budget {
     uint64_t peak_bytes  = 0;
 };
 
+// For tests: the n-th arena of this thread from now on cannot be allocated; 0: none.
+extern thread_local uint32_t fail_arena_in;
+
 class host_store {
 public:
     // buft: where arenas are allocated; it must give memory that the host can read.

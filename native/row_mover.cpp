@@ -11,6 +11,8 @@ namespace asrkf {
 constexpr size_t STAGING_ROWS  = 64;  // tokens per transfer
 constexpr size_t STAGING_ALIGN = 256; // of each tensor's part of the staging buffer
 
+thread_local uint32_t fail_move_in = 0;
+
 static size_t padded(size_t n_bytes) { return (n_bytes + STAGING_ALIGN - 1) / STAGING_ALIGN * STAGING_ALIGN; }
 
 // BLAS-like backends share the CPU's buffers but not its operations.
@@ -69,7 +71,7 @@ struct row_mover::lane {
         size_t used = 0;
         for (const auto & row : rows) {
             const int64_t words = int64_t(row.row_bytes / 4);
-            ggml_tensor * cache = place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, words, row.tensor->ne[1]), row.tensor->buffer, row.tensor->data);
+            ggml_tensor * cache = place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, words, row.tensor->ne[1]*row.tensor->ne[2]), row.tensor->buffer, row.tensor->data);
             ggml_tensor * stage;
             if (to_host) {
                 stage = place(ggml_get_rows(ctx, cache, idx), staging.get(), base + used);
@@ -171,6 +173,8 @@ void row_mover::attach(const std::vector<ggml_backend_t> & backends) {
 }
 
 void row_mover::move(const uint32_t * cells, uint8_t * const * hosts, size_t n, bool to_host) {
+    const bool fails = fail_move_in > 0 && --fail_move_in == 0;
+    n = fails ? n/2 : n;
     for (const auto & row : direct) {
         auto * base = static_cast<uint8_t *>(row.tensor->data);
         for (size_t i = 0; i < n; ++i) {
@@ -192,6 +196,9 @@ void row_mover::move(const uint32_t * cells, uint8_t * const * hosts, size_t n, 
         for (size_t begin = 0; begin < n; begin += STAGING_ROWS) {
             l->move(cells + begin, hosts + begin, std::min(STAGING_ROWS, n - begin), to_host);
         }
+    }
+    if (fails) {
+        throw error(ASRKF_MOVE_FAILED, "this move was to fail");
     }
 }
 

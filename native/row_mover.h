@@ -22,9 +22,12 @@
 
 namespace asrkf {
 
+// For tests: the n-th move of this thread from now on fails halfway; 0: none.
+extern thread_local uint32_t fail_move_in;
+
 class row_mover {
 public:
-    // tensors: [row elements, n_cells], allocated. Throws error(ASRKF_UNSUPPORTED) if direct is impossible.
+    // tensors: [row elements, n_cells] or [row elements, n_cells, n_stream], allocated; cells are numbered through. Throws error(ASRKF_UNSUPPORTED) if direct is impossible.
     row_mover(const std::vector<ggml_tensor *> & tensors, moves_kind kind);
     ~row_mover();
     row_mover(const row_mover &) = delete;
