@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import llama_cpp
+import numpy as np
 
 from . import _native
 from ._native import KVError
@@ -60,6 +62,7 @@ class Llama(llama_cpp.Llama):
             raise ValueError(f"kv_regenerate={kv_regenerate}: 0 (never) or more tokens")
         self._kv_regenerate = kv_regenerate
         self._answers_whole = False
+        self._looks_up_cache = False
         self._sampled_before: list[int] = []
         self._running: Optional[object] = None
         self.kv_regenerations = 0
@@ -131,16 +134,18 @@ class Llama(llama_cpp.Llama):
 
         def run() -> Any:
             self._answers_whole = not stream
+            self._looks_up_cache = True
             try:
                 yield from chunks
             finally:
-                self._answers_whole = False
+                self._answers_whole = self._looks_up_cache = False
 
         return run()
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
         """Sample tokens after a prompt (llama_cpp.Llama.generate); see kv_regenerate."""
         whole, self._answers_whole = self._answers_whole, False
+        self._looks_up_cache = False
         mine = self._running = object()  # an answer that was left unread must not touch a later one
         n_held = (8 if whole else 0) if self._kv_regenerate is None else self._kv_regenerate
         config = self.kv_config() if n_held else None
@@ -193,16 +198,31 @@ class Llama(llama_cpp.Llama):
         _native.lib.asrkf_clear_error()
         if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
             raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.asrkf_last_status())
-        return super().save_state()
+        scores = self.scores
+        if not self._logits_all:  # nothing is in them: n_batch rows of the vocabulary (100 MiB) in each state of a prompt cache
+            self.scores = np.zeros((1, self.n_vocab()), dtype=np.single)
+        try:
+            return super().save_state()
+        finally:
+            self.scores = scores
 
     def load_state(self, state: llama_cpp.LlamaState) -> None:
-        """Load a state, of any pool or of the full cache; KVError with the reason if it does not fit: the sequence is then as before."""
+        """Load a state, of any context and pool or of the full cache; KVError with the reason if it does not fit: the sequence is
+        then as before (upstream's cache is empty then)."""
         _native.lib.asrkf_clear_error()
         before = (self.input_ids.copy(), self.n_tokens, self._seed, self._requires_eval)
+        fitted = copy.copy(state)  # llama_cpp wants arrays of this model's n_ctx and n_batch
+        fitted.input_ids = np.resize(state.input_ids, self.input_ids.shape)
+        if len(state.scores) != min(state.n_tokens, len(self.scores)):
+            fitted.scores = np.zeros((1, self.n_vocab()), dtype=np.single)
         try:
-            super().load_state(state)
+            super().load_state(fitted)
         except RuntimeError as error:
             self.input_ids, self.n_tokens, self._seed, self._requires_eval = before
+            if self.kv_stats().tokens < self.n_tokens:
+                self.n_tokens, self._requires_eval = 0, True
+            if self._looks_up_cache:  # a state of set_cache(), wanted by a completion: a miss, the prompt is read instead
+                return
             raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
 
     # the cache
