@@ -1,8 +1,9 @@
-"""The command `asrkf`: run a model with a KV pool, or show what this build can do."""
+"""The command `asrkf`: run or serve a model with a KV pool, or show what this build can do."""
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 import time
 from pathlib import Path
@@ -136,7 +137,8 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Optional[list[str]] = None) -> int:
+def make_parser(serves: bool) -> argparse.ArgumentParser:
+    """The command line; the options of `serve` are those of the server's packages, which nothing else needs."""
     parser = argparse.ArgumentParser(prog="asrkf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="generate text, streaming, with the cache's figures at the end")
@@ -163,11 +165,25 @@ def main(argv: Optional[list[str]] = None) -> int:
     bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache")
     bench.add_arguments(bencher)
     bencher.set_defaults(function=bench.main)
-    arguments = parser.parse_args(argv)
+    server = commands.add_parser("serve", help="an OpenAI-compatible server; pip install \"asrkf-gguf[serve]\"")
+    if serves:
+        from . import serve
+
+        serve.add_arguments(server)
+        server.set_defaults(function=serve.main)
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else ""
+    if command == "serve":  # llama_cpp.server writes its options with _, we with -
+        argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
     try:
+        arguments = make_parser(command == "serve").parse_args(argv)
         return arguments.function(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"asrkf {arguments.command}: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"asrkf {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

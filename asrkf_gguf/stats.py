@@ -101,3 +101,20 @@ def read_stats(context: Any) -> KVStats:
     }
     plain = {name: getattr(raw, name) for name in KVStats.__dataclass_fields__ if name not in special}
     return KVStats(**plain, **special)
+
+
+# restores_redundant_total and outputs_total begin anew with a sequence or a loaded state: no difference of theirs means anything
+_COUNTERS = (
+    "moved_to_host_bytes", "moved_to_device_bytes", "moves_to_host_total", "moves_to_device_total", "freezes_total", "restores_total",
+    "rewalks_total", "rewalked_tokens_total", "recoveries_total", "steps_total", "decisions_total", "scoring_steps_total",
+    "policy_seconds", "scoring_seconds", "moves_seconds",
+)  # fmt: skip
+
+
+def counted_since(before: KVStats, after: KVStats) -> dict[str, Any]:
+    """What the counters gained between two readings with no clear of the cache between them."""
+
+    def gain(old: Any, new: Any) -> Any:
+        return {key: gain(old[key], new[key]) for key in new} if isinstance(new, dict) else new - old
+
+    return {name: gain(getattr(before, name), getattr(after, name)) for name in _COUNTERS}

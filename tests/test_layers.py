@@ -31,7 +31,8 @@ PYTHON = {
     "llama": {"_native", "config", "models", "stats"},
     "calibrate": {"_native", "divergence", "models", "texts"},
     "bench": {"_native", "config", "divergence", "llama", "models", "texts"},
-    "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "stats"},
+    "serve": {"_native", "config", "llama", "models", "stats"},
+    "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "serve", "stats"},
     "__init__": {"_native", "config", "llama", "models", "stats"},
 }
 
