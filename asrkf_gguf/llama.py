@@ -75,6 +75,8 @@ class Llama(llama_cpp.Llama):
             config = kv_policy if isinstance(kv_policy, FreezeConfig) else FreezeConfig.from_string(kv_policy)
             config = with_calibration(config.with_pool(kv_pool), model_path)
         self._kv_policy = config
+        if kwargs.get("draft_model") is not None:
+            kwargs["logits_all"] = True  # llama_cpp.Llama keeps all logits then, but without this has room for n_batch rows only
         self._tracing = False
         self.progress: Optional[Callable[[int, int], None]] = None
         """Called with (tokens done, tokens in all) while a prompt of several batches is read."""
@@ -224,6 +226,14 @@ class Llama(llama_cpp.Llama):
             if self._looks_up_cache:  # a state of set_cache(), wanted by a completion: a miss, the prompt is read instead
                 return
             raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """llama_cpp.Llama.embed, of upstream's cache only: KVError with a policy."""
+        if self.kv_stats().policy != "full":
+            raise KVError(
+                'a KV pool serves no embeddings: use a second Llama(..., kv_policy="full", embedding=True)', _native.lib.ASRKF_UNSUPPORTED
+            )
+        return super().embed(*args, **kwargs)
 
     # the cache
 
