@@ -246,6 +246,9 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
     file = arguments.config_file or os.environ.get("CONFIG_FILE")
     try:
         if file:
+            others = [name for name, value in vars(arguments).items() if value is not None and name not in ("command", "function", "config_file")]
+            if others:
+                raise ValueError(f"{file} holds all settings, and {', '.join(others)} would be ignored: put them there")
             text = Path(file).read_text()
             if file.endswith((".yaml", ".yml")):
                 import yaml
@@ -253,7 +256,9 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
                 text = json.dumps(yaml.safe_load(text))
             config = ConfigFile.model_validate_json(text)
             return config, config.models
-        arguments.model = arguments.path or arguments.model
+        arguments.model = arguments.path or arguments.model or os.environ.get("MODEL")
+        if not arguments.model:
+            raise ValueError("give MODEL: path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
         if arguments.threads:
             arguments.n_threads = arguments.n_threads_batch = arguments.threads
         return (

@@ -44,13 +44,18 @@ class Server:
 
 @contextlib.contextmanager
 def serving(log: Path, *arguments: str):
-    """Start `asrkf serve` on a free port of the loopback device; it listens when the block begins, and must end without a fault."""
+    """Start `asrkf serve` on a free port of the loopback device (a config file gets it from the environment); it listens when the
+    block begins, and must end without a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with log.open("w") as out:
-        command = [sys.executable, "-m", "asrkf_gguf.cli", "serve", *arguments]
-        environment = {**os.environ, "HOST": "127.0.0.1", "PORT": str(port)}
+        where = {"host": "127.0.0.1", "port": str(port)}
+        command, environment = [sys.executable, "-m", "asrkf_gguf.cli", "serve", *arguments], dict(os.environ)
+        if "--config-file" in arguments:
+            environment |= {name.upper(): value for name, value in where.items()}
+        else:
+            command += [part for name, value in where.items() for part in (f"--{name}", value)]
         process = subprocess.Popen(command, stdout=out, stderr=out, text=True, cwd=log.parent, env=environment)
     try:
         server, began = Server(port, process, log), time.monotonic()
@@ -150,11 +155,13 @@ def test_a_stream_that_is_left_does_not_hold_up_the_next_request(server, text):
     ("length", "reason"), [(20000, "maximum context length is 2048 tokens"), (6500, "host_limit of 25165824 bytes")]
 )
 def test_a_request_that_cannot_be_held_is_an_error_with_its_text_and_the_next_one_works(server, text, stream, length, reason):
-    for create in (server.complete, lambda prompt, **options: server.client.chat.completions.create(
-            model="smollm2", messages=[{"role": "user", "content": prompt}], max_tokens=8, **options)):
-        with pytest.raises(openai.BadRequestError, match=reason):
-            list(create(text[40000 : 40000 + length], stream=stream))
-        assert server.complete("The sun is", 4).choices[0].text
+    prompt = text[40000 : 40000 + length]
+    with pytest.raises(openai.BadRequestError, match=reason):
+        if stream:
+            list(server.client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": prompt}], stream=True))
+        else:
+            server.complete(prompt)
+    assert server.complete("The sun is", 4).choices[0].text
 
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server, text):
@@ -168,9 +175,11 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server, text):
     assert server.complete("The sun is", 4).choices[0].text
 
 
-def test_logprobs_need_logits_all_and_the_error_says_so(server):
+def test_what_this_server_does_not_do_is_refused_with_the_reason(server):
     with pytest.raises(openai.BadRequestError, match="logits_all"):
         server.complete("The sun is", 4, logprobs=2)
+    with pytest.raises(openai.APIStatusError, match="a KV pool serves no embeddings"):
+        server.client.embeddings.create(model="smollm2", input="The sun", encoding_format="float")
 
 
 def test_a_config_file_serves_models_and_one_that_cannot_be_loaded_leaves_the_others(smollm2, tmp_path):
@@ -209,9 +218,10 @@ def test_what_cannot_be_served_is_one_line_before_it_listens(smollm2, tmp_path):
         'asrkf serve: pool of 4096 cells is larger than n_ctx 512: lower kv_pool, or use kv_policy="full"'
     )
     assert refused_line("nothing.gguf").startswith("asrkf serve: nothing.gguf does not exist: pass the path of a GGUF")
-    assert refused_line().startswith("asrkf serve: model: Field required")
+    assert refused_line().startswith("asrkf serve: give MODEL")
     assert refused_line(smollm2, "--n-ctx", "-4") == "asrkf serve: n_ctx: Input should be greater than or equal to 0"
     (tmp_path / "models.yaml").write_text("models:\n- model: x\n  kv_pol: 1\n")
+    assert "n_ctx would be ignored: put them there" in refused_line("--config-file", str(tmp_path / "models.yaml"), "-c", "512")
     assert "models.0.kv_pol: Extra inputs are not permitted" in refused_line("--config-file", str(tmp_path / "models.yaml"))
 
 
