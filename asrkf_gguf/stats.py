@@ -20,6 +20,8 @@ class GroupStats:
     active_cells: int
     active_copied_cells: int
     frozen_cells: int
+    sliding_window: int
+    """Tokens that these layers see: the group keeps them whatever the policy; 0: all."""
     token_bytes: int
     device_kv_bytes: int
 

@@ -23,6 +23,7 @@
 #include "llama-impl.h"
 #include "llama-io.h"
 #include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
 #include "llama-model.h"
 
 #include <algorithm>
@@ -134,6 +135,29 @@ public:
             }
         }
         return result;
+    }
+
+    // find_slot(), but never a cell that is taken: with a sliding window that one gives away what is masked.
+    slot_info find_free(const llama_ubatch & ubatch) const {
+        if (swa_type == LLAMA_SWA_TYPE_NONE) {
+            return find_slot(ubatch, false);
+        }
+        const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1, n = ubatch.n_tokens / n_seqs;
+        slot_info slot = { LLAMA_MAX_SEQ, 0, {}, {} };
+        for (uint32_t i = 0; i < n_seqs; ++i) {
+            const uint32_t seq = uint32_t(ubatch.seq_id_unq[i]), stream = seq_to_stream[seq];
+            slot.s0 = std::min(slot.s0, stream);
+            slot.s1 = std::max(slot.s1, stream);
+            slot.strm.push_back(llama_seq_id(stream));
+            slot.idxs.emplace_back();
+            for (const uint32_t cell : free_cells(n, seq)) {
+                slot.idxs.back().push_back(cell % get_size());
+            }
+            if (slot.idxs.back().size() < n) {
+                return {};
+            }
+        }
+        return slot;
     }
 
     void rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
@@ -261,13 +285,36 @@ private:
     std::vector<std::unique_ptr<group_context>> others;
 };
 
+// The same for a model with sliding windows, whose graph asks for two caches: the layers that see everything are group 0,
+// those with a window the last one.
+class windowed_context final : public llama_kv_cache_iswa_context {
+public:
+    explicit windowed_context(std::unique_ptr<memory_context> context)
+        : llama_kv_cache_iswa_context(LLAMA_MEMORY_STATUS_SUCCESS), whole(std::move(context)) {}
+
+    bool next() override { return whole->next(); }
+    bool apply() override { return whole->apply(); }
+    llama_memory_status  get_status() const override { return whole->get_status(); }
+    const llama_ubatch & get_ubatch() const override { return whole->get_ubatch(); }
+    void on_computed(llama_context & lctx, const llm_graph_result & res) override { whole->on_computed(lctx, res); }
+    const llama_kv_cache_context * get_base() const override { return whole->get_group(0); }
+    const llama_kv_cache_context * get_swa()  const override { return whole->get_group(whole->n_groups() - 1); }
+
+    const std::unique_ptr<memory_context> whole;
+};
+
+const memory_context & whole_of(const llama_memory_context_i * mctx) {
+    const auto * windowed = dynamic_cast<const windowed_context *>(mctx);
+    return windowed ? *windowed->whole : static_cast<const memory_context &>(*mctx);
+}
+
 // The relevance branch of one graph.
 class side_input final : public llm_graph_input_i {
 public:
     side_input(const memory_context * mctx, relevance::branch branch) : mctx(mctx), branch(std::move(branch)) {}
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override {
-        mctx = static_cast<const memory_context *>(params.mctx);
+        mctx = &whole_of(params.mctx);
         return mctx->shape == branch.shape;
     }
 
@@ -281,7 +328,7 @@ public:
 
     // llama_memory_i
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
-    llama_memory_context_ptr init_full() override { return std::make_unique<memory_context>(*this); }
+    llama_memory_context_ptr init_full() override { return wrapped(std::make_unique<memory_context>(*this)); }
     llama_memory_context_ptr init_update(llama_context * lctx, bool optimize) override;
 
     bool get_can_shift() const override { return first().cache->get_can_shift(); }
@@ -332,14 +379,19 @@ public:
 
 private:
     const group & first() const { return groups[0]; }
-    // A figure of the groups as the mean over the layers, rounded up: bytes, as if all layers had the same cells.
+    // A figure of the groups as the mean over the layers that the policy serves, rounded up: bytes, as if all had the same cells.
     template <typename Cells> uint32_t mean_cells(Cells cells) const {
         uint64_t sum = 0, n = 0;
         for (const group & g : groups) {
-            sum += uint64_t(cells(g))*g.layers.size();
-            n   += g.layers.size();
+            if (!is_window_of_layers(g)) {
+                sum += uint64_t(cells(g))*g.layers.size();
+                n   += g.layers.size();
+            }
         }
         return uint32_t((sum + n - 1) / n);
+    }
+    llama_memory_context_ptr wrapped(std::unique_ptr<memory_context> context) const {
+        return is_windowed ? llama_memory_context_ptr(std::make_unique<windowed_context>(std::move(context))) : std::move(context);
     }
     bool     has_tokens(llama_seq_id seq_id) const { return seq_id >= 0 && uint32_t(seq_id) < n_seq_max && sequences[size_t(seq_id)].n_tokens() > 0; }
     uint32_t n_records() const { return uint32_t(records.size() - free_records.size()); }
@@ -350,6 +402,8 @@ private:
     uint32_t id_of(const sequence & s) const { return uint32_t(&s - sequences.data()); }
     std::vector<llama_pos> positions_of(const sequence & s) const;
 
+    bool     is_window_of_layers(const group & g) const { return is_windowed && &g == &groups.back(); }
+    void     add_windowed_group(const std::vector<uint32_t> & layers);
     uint32_t floor_cells(const group & g) const { return g.pool_cells / n_seq_max; } // a sequence's share when all are there
     void     share_pools(const std::vector<uint32_t> & n_new);
     void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
@@ -411,6 +465,7 @@ private:
     const uint32_t        n_ubatch;
     const bool            unified;                       // all sequences in one set of cells; else each has its own (streams)
     const bool            no_alloc;
+    const bool            is_windowed;                   // the last group is that of the layers with a sliding window
 
     llama_context *       lctx = nullptr;                // learnt at the first update, which every decode begins with
     std::vector<record>   records;
@@ -563,8 +618,11 @@ void check_context(const llama_model & model, const llama_memory_params & params
         default:
             break;
     }
-    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE || hparams.is_swa_any()) {
-        unsupported(format("%s has sliding-window layers, which the policy does not serve yet; use kv_policy=\"full\"", arch.c_str()));
+    if (hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.swa_type != LLAMA_SWA_TYPE_STANDARD && hparams.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
+        unsupported(format("%s has windows that see later tokens, too; use kv_policy=\"full\"", arch.c_str()));
+    }
+    if (hparams.n_layer_kv_from_start >= 0) {
+        unsupported(format("%s has layers that share the cache of others, which the policy does not serve yet; use kv_policy=\"full\"", arch.c_str()));
     }
     if (hparams.use_alibi) {
         unsupported(format("%s uses ALiBi position biases; use kv_policy=\"full\"", arch.c_str()));
@@ -642,7 +700,8 @@ std::string fingerprint(const llama_model & model) {
 
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
     : config(config), n_seq_max(cparams.n_seq_max), model(model), cparams(cparams), n_ctx(cparams.n_ctx), n_ctx_seq(cparams.n_ctx_seq), n_ubatch(cparams.n_ubatch),
-      unified(cparams.kv_unified || cparams.n_seq_max == 1), no_alloc(model.hparams.no_alloc) {
+      unified(cparams.kv_unified || cparams.n_seq_max == 1), no_alloc(model.hparams.no_alloc),
+      is_windowed(model.hparams.swa_type != LLAMA_SWA_TYPE_NONE) {
     for (uint32_t seq = 0; seq < n_seq_max; ++seq) {
         sequences.emplace_back(config, seq, parse_positions("pinned", config.pinned));
     }
@@ -651,7 +710,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
 
     // layers of a draft head (NextN) are never attended by the main graph
     const bool has_draft_layers = hparams.n_layer_nextn > 0 && hparams.n_layer() > 0 && hparams.router_layer < 0;
-    std::vector<uint32_t>     layers;
+    std::vector<uint32_t>     windowed_layers, layers;
     std::vector<layer_budget> layer_budgets;
     for (uint32_t il = 0; il < (has_draft_layers ? hparams.n_layer() : n_layer); ++il) {
         if (hparams.has_kv(il)) {
@@ -659,12 +718,17 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
                 unsupported(format("layer %u of this %s has no attention, which the policy does not serve yet; use kv_policy=\"full\"", il, model.arch_name().c_str()));
             }
             check_cache_types(model, params, cparams, il);
+            if (hparams.is_swa(il)) {
+                windowed_layers.push_back(il);
+                continue;
+            }
             layers.push_back(il);
             layer_budgets.push_back({ il, 0, ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)) });
         }
     }
     if (layers.empty()) {
-        unsupported("the model has no layer with a KV cache; use kv_policy=\"full\"");
+        unsupported(windowed_layers.empty() ? "the model has no layer with a KV cache; use kv_policy=\"full\"" :
+                "all layers of the model have a sliding window: its cache is bounded as it is; use kv_policy=\"full\"");
     }
     std::vector<uint32_t> measured_scorers;
     if (*config.calibration) {
@@ -691,10 +755,15 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     }
     group_of_layer.assign(n_layer, 0);
     make_groups(layer_budgets);
+    if (is_windowed) {
+        add_windowed_group(windowed_layers);
+    }
 
     // refuse before anything is allocated
     for (const group & g : groups) {
-        check_pool(g, n_ubatch, count_positions(sequences[0].pinned));
+        if (!is_window_of_layers(g)) {
+            check_pool(g, n_ubatch, count_positions(sequences[0].pinned));
+        }
     }
 
     budget.limit_bytes = config.host_limit;
@@ -702,9 +771,10 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
         const auto filter = [&](int32_t il) { return group_of_layer[size_t(il)] == ig; };
+        const bool is_window = is_window_of_layers(g);
         const std::string tag = groups.size() == 1 ? "" : "g" + std::to_string(ig) + "_";
         g.cache = std::make_unique<group_cache>(model, hparams, params.type_k, params.type_v, /*v_trans*/ false, cparams.offload_kqv,
-                unified, unified ? g.pool_cells : floor_cells(g), n_seq_max, /*n_pad*/ 1, /*n_swa*/ 0, LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
+                unified, unified ? g.pool_cells : floor_cells(g), n_seq_max, /*n_pad*/ 1, is_window ? hparams.n_swa : 0, is_window ? hparams.swa_type : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
 
         if (!no_alloc) {
             g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
@@ -714,7 +784,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
             g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
         }
         LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n", __func__,
-                policy_name(config.policy), ig, g.layers.size(), g.pool_cells, n_ctx, n_seq_max, g.rules[0].params.window, g.rules[0].max_ubatch());
+                is_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, n_ctx, n_seq_max, g.rules[0].params.window, g.rules[0].max_ubatch());
     }
 
     // a scoring layer adds up to 150 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
@@ -807,7 +877,7 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
         // the least that check_pool() takes, with a window of half a pool
         const uint32_t least_share = 2*(config.sinks + count_positions(sequences[0].pinned) + std::min(n_ubatch, config.block) + 2*config.block) + config.window;
         const uint32_t least = n_seq_max*(unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
-        if (mode == "shared" || mean_cells >= n_ctx || layers.size() == 1) {
+        if (mode == "shared" || mean_cells >= n_ctx || layers.size() == 1 || is_windowed) { // the graph of a windowed model has room for one group
             plans.push_back({ {}, mean_cells });
             for (const layer_budget & l : layers) {
                 plans.back().layers.push_back(l.il);
@@ -834,6 +904,35 @@ void memory::make_groups(const std::vector<layer_budget> & layers) {
             group_of_layer[il] = uint32_t(ig);
         }
     }
+}
+
+// Layers with a sliding window see their window only: they are a group that keeps it, whatever the policy. Other tokens are
+// frozen there as well, so that a sequence can be cut back, shifted and saved as a whole.
+void memory::add_windowed_group(const std::vector<uint32_t> & layers) {
+    if (state_kind(config.state) == STATE_UPSTREAM) {
+        unsupported("state=upstream: a model with sliding windows keeps two caches there, one of which forgets; use state=own");
+    }
+    if (groups.size() > 1) {
+        unsupported(format("layers=%s: a model with sliding windows takes one group, of the layers without: layers=shared, or pool alone", config.layers));
+    }
+    const uint32_t n_window = model.hparams.n_swa + n_ubatch; // of a step's first token, too
+    const uint32_t share    = n_window + n_ubatch + 2*config.block;
+    asrkf_config own = config;
+    own.policy = ASRKF_POLICY_WINDOW;
+    own.score  = SCORE_RECENCY;
+    own.sinks  = 0;
+    own.window = n_window;
+    own.timer_share = 0;
+    const uint32_t all = (n_ctx_seq + POOL_PAD_CELLS - 1)/POOL_PAD_CELLS*POOL_PAD_CELLS;
+    group g;
+    g.layers     = layers;
+    g.pool_cells = n_seq_max*std::min(all, groups[0].pool_cells >= n_ctx ? all : (share + POOL_PAD_CELLS - 1)/POOL_PAD_CELLS*POOL_PAD_CELLS);
+    g.rules.assign(n_seq_max, policy(make_policy_params(own, unified ? g.pool_cells : floor_cells(g))));
+    g.n_sealed.assign(n_seq_max, 0);
+    for (const uint32_t il : layers) {
+        group_of_layer[il] = uint32_t(groups.size());
+    }
+    groups.push_back(std::move(g));
 }
 
 // As asked for, as measured, or by depth. All groups share one ranking, so these serve them all.
@@ -1006,7 +1105,7 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
             ubatches.back().output[ubatches.back().n_tokens - 1] = 0;
             ubatches.push_back(std::move(*again));
         }
-        return std::make_unique<memory_context>(*this, std::move(ubatches), again.has_value(), has_output);
+        return wrapped(std::make_unique<memory_context>(*this, std::move(ubatches), again.has_value(), has_output));
     } catch (const std::exception & e) {
         refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
@@ -1048,7 +1147,7 @@ std::optional<llama_ubatch> memory::rewalk_of(const std::vector<llama_ubatch> & 
     }
     for (const group & g : groups) {
         const policy & rule = g.rules[size_t(seq_id)];
-        least_pool   = std::min(least_pool, rule.params.pool_cells);
+        least_pool   = is_window_of_layers(g) ? least_pool : std::min(least_pool, rule.params.pool_cells);
         least_window = std::min(least_window, rule.params.window);
         n = std::min({ n, rule.params.window, rule.max_ubatch(), n_ubatch });
     }
@@ -1233,7 +1332,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
 
         std::vector<llama_kv_cache::slot_info> slots;
         for (const group & g : groups) {
-            slots.push_back(g.cache->find_slot(ubatch, false));
+            slots.push_back(g.cache->find_free(ubatch));
             if (slots.back().empty()) {
                 throw error(ASRKF_INTERNAL, format("no %u free cells after a decision (%u of %u used)", n, g.cache->n_used(), g.cache->n_cells()));
             }
@@ -1461,7 +1560,7 @@ void memory::fold_scores_in() {
         const sequence & s = sequences[seq];
         for (group & g : groups) {
             const float keep = g.rules[seq].average_weight();
-            for (uint32_t i = 0; i < s.n_tokens(); ++i) {
+            for (uint32_t i = 0; i < s.n_tokens() && g.rules[seq].params.wants_scores(); ++i) {
                 const uint32_t row = (*rows)[s.records[i]];
                 if (row < n_scores) { // a token of this very call may be newer
                     const float share = n_scored / float(rows->tokens_of(row));
@@ -1740,7 +1839,7 @@ uint32_t memory::insert_token(sequence & s, uint32_t id) {
     for (group & g : groups) {
         policy & rule = g.rules[id_of(s)];
         rule.insert(i, pos);
-        if (is_pinned) {
+        if (is_pinned && !is_window_of_layers(g)) {
             rule.set_pinned(i, true);
         }
         g.n_sealed[id_of(s)] = std::min(g.n_sealed[id_of(s)], i / config.block * config.block);
@@ -1874,7 +1973,7 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
     const llama_pos pos_end = seq_pos_max(seq_id) + 1;
     for (const group & g : groups) {
         const policy & rule = g.rules[seq];
-        for (uint32_t i = begin; i < end; ++i) {
+        for (uint32_t i = begin; i < end && !is_window_of_layers(g); ++i) {
             if (rule.is_protected(i, pos_end)) {
                 throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
                         rule.pos(i), rule.params.sinks, pos_end - llama_pos(rule.params.window)));
@@ -1887,7 +1986,7 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
     std::vector<std::vector<uint32_t>> chosen(groups.size()), ids(groups.size()), copied(groups.size());
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
-        for (uint32_t i = begin; i < end; ++i) {
+        for (uint32_t i = begin; i < end && !is_window_of_layers(groups[ig]); ++i) {
             if (!groups[ig].rules[seq].is_frozen(i)) {
                 chosen[ig].push_back(i);
                 ids[ig].push_back(s.records[i]);
@@ -1919,7 +2018,7 @@ uint64_t memory::freeze_range(llama_context * ctx, int32_t seq_id, int32_t p0, i
     }
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         freeze_tokens(groups[ig], seq, chosen[ig]);
-        for (uint32_t i = begin; i < end; ++i) {
+        for (uint32_t i = begin; i < end && !is_window_of_layers(groups[ig]); ++i) {
             groups[ig].rules[seq].set_frozen(i, true, true);
         }
     }
@@ -1938,7 +2037,7 @@ uint64_t memory::restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, 
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         chosen[ig].push_back({ seq, {} });
-        for (uint32_t i = begin; i < end; ++i) {
+        for (uint32_t i = begin; i < end && !is_window_of_layers(groups[ig]); ++i) {
             if (groups[ig].rules[seq].is_frozen(i)) {
                 chosen[ig][0].second.push_back(i);
             }
@@ -1976,13 +2075,13 @@ void memory::pin_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t 
         after.emplace_back(p0, p1);
     }
     for (const group & g : groups) {
-        if (pin) {
+        if (pin && !is_window_of_layers(g)) {
             check_pool(g, n_ubatch, count_positions(after));
         }
     }
     s.pinned = after;
     for (group & g : groups) {
-        for (uint32_t i = lower_bound(s, p0); i < lower_bound(s, p1); ++i) {
+        for (uint32_t i = lower_bound(s, p0); i < lower_bound(s, p1) && !is_window_of_layers(g); ++i) {
             g.rules[size_t(seq_id)].set_pinned(i, pin);
         }
     }
@@ -2548,7 +2647,9 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
             const uint32_t n = count_positions(s.pinned);
             try {
                 for (const group & g : groups) {
-                    check_pool(g, n_ubatch, n);
+                    if (!is_window_of_layers(g)) {
+                        check_pool(g, n_ubatch, n);
+                    }
                 }
                 sequences[s.id].pinned = s.pinned;
             } catch (const error &) {} // this pool is too small for its pins: it keeps its own
@@ -2740,6 +2841,7 @@ asrkf_group_stats memory::get_group_stats(uint32_t index) const {
         s.active_copied_cells += p.cell >= 0 && p.slot >= 0;
         s.frozen_cells        += p.cell < 0 && p.slot >= 0;
     }
+    s.sliding_window      = is_window_of_layers(g) ? model.hparams.n_swa : 0;
     s.token_bytes         = g.mover ? g.mover->token_bytes() : 0;
     s.device_kv_bytes     = g.cache->device_bytes();
     return s;

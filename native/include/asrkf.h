@@ -150,6 +150,7 @@ struct asrkf_group_stats {
     uint32_t active_cells;
     uint32_t active_copied_cells;      /* of these, with a valid host copy */
     uint32_t frozen_cells;
+    uint32_t sliding_window;           /* tokens that these layers see: the group keeps them whatever the policy; 0: all */
     uint64_t token_bytes;              /* K and V of one token in this group's layers */
     uint64_t device_kv_bytes;
 };
