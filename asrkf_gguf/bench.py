@@ -358,7 +358,7 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")] or [platform.processor() or platform.machine()]
     program = Path(sys.argv[0])
-    command = shlex.join(["scripts/bench" if program.parent.name == "scripts" else program.name, *sys.argv[1:]])
+    command = shlex.join([f"scripts/{program.name}" if program.parent.name == "scripts" else program.name, *sys.argv[1:]])
     return {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{names[0]} x{os.cpu_count()}", "threads": arguments.threads,
         "model": arguments.model.name, "command": command,
