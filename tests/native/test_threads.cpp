@@ -153,6 +153,19 @@ TEST(own_errors, "asrkf_last_error() is of this thread's last failure") {
     CHECK(texts[1][1].find("larger than n_ctx 1024") != std::string::npos);
 }
 
+TEST(errors_at_once, "of two threads that fail all the time, each reads its own text every time") {
+    int n_own[2] = { 0, 0 };
+    in_two_threads([&](int i) { // without a meeting point: a text that is shared is a race
+        asrkf_config config;
+        config.struct_size = sizeof(config);
+        for (int n = 0; n < 2000; ++n) {
+            asrkf_config_parse(i ? "asrkf,pool=-1" : "asrkf,interval=0", &config);
+            n_own[i] += std::strstr(asrkf_last_error(), i ? "pool=-1" : "interval=0") != nullptr;
+        }
+    });
+    CHECK(n_own[0] == 2000 && n_own[1] == 2000);
+}
+
 int main() {
     llama_backend_init();
     const int failed = run_all_tests();
