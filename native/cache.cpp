@@ -2364,6 +2364,7 @@ std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
 // timers and what was frozen. Upstream's reader takes the mark in front for a number of streams that it does not have.
 //
 
+constexpr llama_pos MAX_POS = 1 << 30; // so that positions can be counted on from
 constexpr uint32_t STATE_MARK = 0x4b525341, STATE_VERSION = 1; // "ASRK"
 
 void write_u32(llama_io_write_i & io, uint32_t value) { io.write(&value, sizeof(value)); }
@@ -2572,6 +2573,9 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
                 arrival a = { 0, before + i, {} };
                 io.read(&a.pos, sizeof(a.pos));
                 const uint32_t n_users = read_u32(io);
+                if (a.pos > MAX_POS) {
+                    unfit(format("a token has position %d", a.pos));
+                }
                 if (a.pos < 0 || n_users == 0 || n_users > (seq_id < 0 && unified ? n_seq_max : 1)) {
                     unfit(a.pos < 0 ? "a token has no position" : format("a token belongs to %u sequences", n_users));
                 }

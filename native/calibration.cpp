@@ -19,8 +19,13 @@ calibration read_calibration(const std::string & path) {
         if (json.at("format") != "asrkf-calibration" || json.at("version") != 2) {
             throw error(ASRKF_INVALID_ARGUMENT, "format or version is another one");
         }
-        calibration result = { json.at("model").get<std::string>(), json.at("sensitivities").get<std::vector<double>>(),
-            json.at("score_layers").get<std::vector<uint32_t>>() };
+        calibration result = { json.at("model").get<std::string>(), json.at("sensitivities").get<std::vector<double>>(), {} };
+        for (const auto & layer : json.at("score_layers")) { // get() would round, or wrap
+            if (!layer.is_number_unsigned() || layer.get<uint64_t>() > 1u << 20) {
+                throw error(ASRKF_INVALID_ARGUMENT, "score_layers holds what is no layer");
+            }
+            result.score_layers.push_back(layer.get<uint32_t>());
+        }
         for (const double s : result.sensitivities) {
             if (!std::isfinite(s) || s <= 0) {
                 throw error(ASRKF_INVALID_ARGUMENT, "a sensitivity is not positive");

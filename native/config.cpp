@@ -194,8 +194,11 @@ void set_pool(asrkf_config & config, const std::string & value) {
             invalid(format("pool=%s: a fraction of n_ctx is at most 1.0; write cells without a point", value.c_str()));
         }
         config.pool_ratio = float(number);
+        if (!(config.pool_ratio > 0)) {
+            invalid(format("pool=%s is out of range", value.c_str()));
+        }
     } else {
-        if (number > double(1 << 30)) {
+        if (number != std::floor(number) || number > double(1 << 30)) {
             invalid(format("pool=%s is out of range", value.c_str()));
         }
         config.pool_cells = uint32_t(number);
@@ -426,7 +429,7 @@ void config_check(const asrkf_config & config) {
                     invalid(format("%s is not a finite number", f.name));
                 }
                 // the float nearest to a bound may lie just outside it
-                check_range(f, std::nextafter(double(at<float>(config, f)), (f.minimum + f.maximum) / 2), format("%g", at<float>(config, f)));
+                check_range(f, double(std::nextafter(at<float>(config, f), float((f.minimum + f.maximum) / 2))), format("%g", at<float>(config, f)));
                 break;
             case CHOICE:
                 if (at<int32_t>(config, f) < 0 || size_t(at<int32_t>(config, f)) >= split(f.choices, '|').size()) {
@@ -444,8 +447,8 @@ void config_check(const asrkf_config & config) {
         }
     }
     parse_positions("pinned", config.pinned);
-    if (std::strcmp(config.score_layers, "auto") != 0) {
-        parse_layers("score_layers", config.score_layers);
+    if (std::strcmp(config.score_layers, "auto") != 0 && parse_layers("score_layers", config.score_layers).empty()) {
+        invalid("score_layers= names no layer: write \"auto\", or layers such as \"0-3+7\"");
     }
     const bool has_groups = !parse_groups(config.layers).empty();
     const int n_sizes = (config.pool_cells != 0) + (config.pool_ratio != 0) + (config.pool_bytes != 0);

@@ -67,10 +67,10 @@ inline asrkf_group_stats group_of(llama_context * ctx, uint32_t group) {
 
 // The tests' only calls of these two.
 inline asrkf_status get_tokens(llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
-    return asrkf_get_tokens(ctx, group, out_pos, out_state, capacity, out_n);
+    return asrkf_get_tokens(ctx, 0, group, out_pos, out_state, capacity, out_n);
 }
 inline asrkf_status get_rows(llama_context * ctx, uint32_t group, int32_t pos, void * out, size_t size) {
-    return asrkf_get_rows(ctx, group, pos, out, size);
+    return asrkf_get_rows(ctx, 0, group, pos, out, size);
 }
 
 // Everything that can be seen of a context and that a refused call must leave as it was: its figures but for the seconds,
