@@ -104,4 +104,25 @@ TEST(side_file, "a side file is read, and anything else is refused with its path
     CHECK(thrown([&] { read_calibration(path); }).find("cannot be read") != std::string::npos);
 }
 
+TEST(shares, "shares of a pool are max-min fair: the modest get what they want, nobody less than an equal part of the rest") {
+    CHECK((fair_shares(1000, { 5000 }) == std::vector<uint32_t>{ 1000 }));
+    CHECK((fair_shares(1000, { 5000, 5000 }) == std::vector<uint32_t>{ 500, 500 }));
+    CHECK((fair_shares(1000, { 5000, 100, 5000 }) == std::vector<uint32_t>{ 450, 100, 450 }));
+    CHECK((fair_shares(1000, { 300, 100 }) == std::vector<uint32_t>{ 600, 400 })); // what is left is shared out, too
+    CHECK(fair_shares(1000, {}).empty());
+    for (uint32_t seed = 1; seed < 200; ++seed) {
+        std::vector<uint32_t> demands;
+        for (uint32_t i = 0; i < 1 + seed % 9; ++i) {
+            demands.push_back(1 + (seed*2654435761u + i*40503u) % 900);
+        }
+        const std::vector<uint32_t> shares = fair_shares(1024, demands);
+        uint32_t sum = 0;
+        for (size_t i = 0; i < shares.size(); ++i) {
+            sum += shares[i];
+            CHECK(shares[i] >= std::min(demands[i], 1024/uint32_t(shares.size())));
+        }
+        CHECK(sum == 1024);
+    }
+}
+
 int main() { return run_all_tests(); }

@@ -1,10 +1,8 @@
 // The memory under llama_decode, on a two-layer model: random operations against a dense copy of every row.
 // Seeds are printed; ASRKF_TEST_SEED runs one, ASRKF_TEST_OPERATIONS how many operations each machine makes.
-#include "check.h"
+#include "tiny.h"
 
-#include "asrkf.h"
 #include "host_store.h"
-#include "llama.h"
 #include "row_mover.h"
 
 #include <algorithm>
@@ -19,26 +17,6 @@ using asrkf::fail_arena_in;
 using asrkf::fail_move_in;
 
 namespace {
-
-llama_model * load_model() {
-    static llama_model * model = [] {
-        llama_log_set([](ggml_log_level, const char *, void *) {}, nullptr);
-        const char * path = std::getenv("ASRKF_TEST_MODEL");
-        if (!path) {
-            std::printf("ASRKF_TEST_MODEL is not set\n");
-            std::exit(2);
-        }
-        llama_model_params params = llama_model_default_params();
-        params.n_gpu_layers = 0;
-        llama_model * loaded = llama_model_load_from_file(path, params);
-        if (!loaded) {
-            std::printf("%s cannot be loaded\n", path);
-            std::exit(2);
-        }
-        return loaded;
-    }();
-    return model;
-}
 
 struct options {
     ggml_type type    = GGML_TYPE_F16;
@@ -67,24 +45,6 @@ llama_context * make_context(const char * policy, options o = {}) {
     params.type_k          = params.type_v = o.type;
     params.flash_attn_type = o.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
     return llama_init_from_model(load_model(), params);
-}
-
-int decode(llama_context * ctx, std::vector<llama_token> tokens) {
-    return llama_decode(ctx, llama_batch_get_one(tokens.data(), int32_t(tokens.size())));
-}
-
-asrkf_stats stats_of(llama_context * ctx) {
-    asrkf_stats s;
-    s.struct_size = sizeof(s);
-    CHECK(asrkf_get_stats(ctx, &s) == ASRKF_OK);
-    return s;
-}
-
-asrkf_group_stats group_of(llama_context * ctx, uint32_t index) {
-    asrkf_group_stats s;
-    s.struct_size = sizeof(s);
-    CHECK(asrkf_get_group_stats(ctx, index, &s) == ASRKF_OK);
-    return s;
 }
 
 struct token_in { llama_token token; llama_pos pos; std::vector<llama_seq_id> seqs; bool output; };

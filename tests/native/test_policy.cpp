@@ -404,4 +404,80 @@ TEST(average, "the average's weight is for an interval: a long step leaves less 
     CHECK(std::fabs(rule.average_weight() - 0.0625f) < 1e-6f);
 }
 
+TEST(smaller_share, "a share that shrinks is kept to at the next decision, also by a sequence that nothing comes to; one that grows is used") {
+    policy_params p = make_policy_params(config_parse("asrkf,pool=256"), 256);
+    policy rule(p);
+    for (int32_t i = 0; i < 200; ++i) {
+        rule.append(i);
+        rule.observe(uint32_t(i), float(i % 17), float(i % 17), 0);
+    }
+    rule.resize(100);
+    CHECK(rule.params.window == 50);
+    const plan less = rule.decide(0, 200);
+    CHECK(less.decided && less.freeze.size() >= 100 && less.restore.empty());
+    rule.commit(less);
+    CHECK(rule.n_active() <= 100 && !rule.is_frozen(0) && !rule.is_frozen(199) && !rule.is_frozen(150));
+    rule.resize(256);
+    const plan more = rule.decide(1, 200);
+    CHECK(more.restore.size() == less.freeze.size() && more.freeze.empty());
+}
+
+TEST(copied_tokens, "a token of another sequence brings its score and timer along, and as a frozen copy it comes back first") {
+    policy from(make_policy_params(config_parse("asrkf,pool=64"), 64)), to(from.params);
+    for (int32_t i = 0; i < 10; ++i) {
+        from.append(i);
+        from.observe(uint32_t(i), float(i), float(i), 0);
+    }
+    from.set_frozen(3, true, true);
+    for (uint32_t i = 0; i < 10; ++i) {
+        to.append(int32_t(i) + 100);
+        to.copy_token(i, from, i, i == 5);
+    }
+    CHECK(to.n_frozen() == 2 && to.is_frozen(3) && to.is_frozen(5) && to.pos(5) == 105);
+    to.reorder({ 9, 8, 7, 6, 5, 4, 3, 2, 1, 0 });
+    CHECK(to.pos(0) == 109 && to.is_frozen(6) && to.is_frozen(4));
+}
+
+TEST(saved_policy, "saved and loaded, scores and timers decide as before; a damaged one, or of other tokens, is refused") {
+    policy_params p = make_policy_params(config_parse("asrkf,pool=64,sinks=2,window=8,recall_limit=64"), 64);
+    policy rule(p);
+    const auto score = [](int32_t i) { return float((i*37) % 101); };
+    for (int32_t i = 0; i < 150; ++i) {
+        const plan next = rule.decide(1, i);
+        rule.commit(next);
+        rule.append(i);
+        rule.observe(uint32_t(i), score(i), score(i), 0);
+        rule.advance(1, true);
+    }
+    rule.set_frozen(20, true, true);
+    const std::vector<uint8_t> bytes = rule.save();
+    policy loaded(p);
+    for (int32_t i = 0; i < 150; ++i) {
+        loaded.append(i);
+        loaded.set_frozen(uint32_t(i), true, false);
+    }
+    CHECK(policy::fits(bytes, 150) && !policy::fits(bytes, 149) && !policy::fits({ bytes.begin(), bytes.end() - 1 }, 150));
+    CHECK(!thrown([&] { policy(p).load(bytes); }).empty());
+    loaded.load(bytes);
+    loaded.commit(loaded.decide(1, 150));
+    rule.commit(rule.decide(1, 150));
+    uint32_t n_same = 0;
+    for (uint32_t i = 0; i < 150; ++i) {
+        n_same += loaded.is_frozen(i) == rule.is_frozen(i);
+    }
+    CHECK(n_same >= 150 - 2*p.interval && loaded.is_frozen(20)); // what its slack leaves
+    auto wild = bytes; // any bytes of the right size are safe
+    for (size_t i = 24; i < wild.size(); ++i) {
+        wild[i] = uint8_t(i*131 + 7);
+    }
+    policy other(p);
+    for (int32_t i = 0; i < 150; ++i) {
+        other.append(i);
+        other.set_frozen(uint32_t(i), true, false);
+    }
+    other.load(wild);
+    other.commit(other.decide(1, 150));
+    CHECK(other.n_active() < 64);
+}
+
 int main() { return run_all_tests(); }
