@@ -2564,7 +2564,8 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
         for (uint32_t stream = 0; stream < n_stream; ++stream) {
             const uint32_t n = read_u32(io), before = uint32_t(arrivals.size());
             if (n > n_ctx || n_kept + before + n > n_ctx) {
-                throw error(ASRKF_POOL_FULL, format("the state has %u tokens, %u are there, and n_ctx is %u: raise n_ctx", before + n, n_kept, n_ctx));
+                const std::string others = n_kept ? format("other sequences %u, and ", n_kept) : "";
+                throw error(ASRKF_POOL_FULL, format("the state has %u tokens, %sn_ctx is %u: raise n_ctx", before + n, others.c_str(), n_ctx));
             }
             if (n == 0) {
                 continue;

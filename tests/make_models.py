@@ -94,9 +94,9 @@ def write_llama(
     writer.close()
 
 
-def write_tiny(path: Path, **other: object) -> None:
-    """Two layers, four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 2 MB. `other`: see write_llama()."""
-    write_llama(path, n_layer=2, n_embd=256, n_head=4, n_head_kv=2, n_ff=256, n_vocab=256, n_ctx=32768,
+def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
+    """Two layers (or n_layer), four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 2 MB. `other`: see write_llama()."""
+    write_llama(path, n_layer=n_layer, n_embd=256, n_head=4, n_head_kv=2, n_ff=256, n_vocab=256, n_ctx=32768,
                 rope_base=10000.0, kind=gguf.GGMLQuantizationType.F16, **other)
 
 

@@ -259,6 +259,7 @@ def test_states_hold_frozen_tokens_and_load_anywhere(load, smollm2, text, policy
     tokens = tokens_of(llm, text, 1200)
     llm.eval(tokens)
     assert llm.kv_stats().frozen_cells > 400
+    assert llm.kv_config().state == "own"
     state = llm.save_state()
     rows = {(group, position): llm.kv_rows(position, group) for group in range(len(llm.kv_stats().groups)) for position in range(0, 1200, 37)}
     greedy(llm, tokens[:5], 10)
@@ -268,7 +269,11 @@ def test_states_hold_frozen_tokens_and_load_anywhere(load, smollm2, text, policy
     greedy(llm, tokens[:5], 10)
     check_states(llm)
     full = load(smollm2, kv_policy="full")
-    full.load_state(state)
+    with pytest.raises(KVError):  # it holds scores and timers, too: never taken for upstream's
+        full.load_state(state)
+    handing_over = load(smollm2, kv_policy=f"{policy},state=upstream")
+    handing_over.load_state(state)
+    full.load_state(handing_over.save_state())
     again, _ = greedy(full, tokens[:5], 10)
     assert len(again) == 10 and full.kv_stats().tokens == 1215
     whole = load(smollm2, kv_policy="asrkf", kv_pool=2048)

@@ -97,15 +97,6 @@ def test_a_recurrent_model_is_refused_with_the_reason(load, tmp_path: Path):
         load(str(path), kv_policy="asrkf", kv_pool=512)
 
 
-def test_a_sliding_window_model_is_refused_with_the_reason(load, tmp_path: Path):
-    norms = {"blk.%d.attn_q_norm.weight": (64,), "blk.%d.attn_k_norm.weight": (64,),
-             "blk.%d.post_attention_norm.weight": (256,), "blk.%d.post_ffw_norm.weight": (256,)}
-    write_tiny(tmp_path / "gemma3.gguf", arch="gemma3", metadata={"attention.sliding_window": 256}, extra=norms)
-    load(str(tmp_path / "gemma3.gguf")).eval([1, 2, 3])  # the file itself is good
-    with pytest.raises(ValueError, match="gemma3 has sliding-window layers"):
-        load(str(tmp_path / "gemma3.gguf"), kv_policy="asrkf", kv_pool=512)
-
-
 def test_an_encoder_is_refused_with_the_reason(load, tmp_path: Path):
     extra = {"position_embd.weight": (32768, 256)}
     for name in ("token_embd_norm", "blk.%d.attn_output_norm", "blk.%d.layer_output_norm"):

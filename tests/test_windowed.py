@@ -1,0 +1,98 @@
+"""Models with sliding windows (Gemma 3's shape): the policy serves the layers that see everything, the others keep their window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from make_models import write_tiny
+
+N_WINDOW = 64
+
+
+def write_gemma3(path: Path, n_layer: int = 6) -> str:
+    """Every sixth layer sees everything."""
+    norms = {"blk.%d.attn_q_norm.weight": (64,), "blk.%d.attn_k_norm.weight": (64,),
+             "blk.%d.post_attention_norm.weight": (256,), "blk.%d.post_ffw_norm.weight": (256,)}
+    write_tiny(path, arch="gemma3", metadata={"attention.sliding_window": N_WINDOW}, extra=norms, n_layer=n_layer)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_gemma3(tmp_path_factory.mktemp("models") / "gemma3.gguf")
+
+
+def tokens(n: int, seed: int = 1) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 250, n).tolist()
+
+
+def read(llm, prompt: list[int], after: int = 30) -> np.ndarray:
+    """Logits of the tokens after a prompt, each decoded alone."""
+    llm.reset()
+    llm.eval(prompt)
+    rows = []
+    for token in tokens(after, 2):
+        llm.eval([token])
+        rows.append(np.array(llm._scores[-1]))
+    return np.array(rows)
+
+
+def test_a_pool_that_holds_all_gives_upstreams_logits(load, gemma3):
+    options = {"n_ctx": 1024, "logits_all": True, "n_batch": 64, "n_ubatch": 64}  # steps that the windowed group takes whole
+    full = read(load(gemma3, swa_full=True, **options), tokens(400))
+    ours = load(gemma3, kv_policy="asrkf", kv_pool=1024, **options)
+    assert np.array_equal(read(ours, tokens(400)), full)
+    assert ours.kv_stats().frozen_cells == 0
+
+
+def test_the_policy_serves_the_global_layers_and_says_so(load, gemma3):
+    llm = load(gemma3, kv_policy="asrkf", kv_pool=512, n_ctx=2048, n_batch=64, n_ubatch=64)
+    llm.eval(tokens(1500))
+    stats = llm.kv_stats()
+    globals_, windowed = stats.groups
+    assert (globals_.n_layers, globals_.sliding_window) == (1, 0)
+    assert (windowed.n_layers, windowed.sliding_window) == (5, N_WINDOW)
+    assert globals_.pool_cells == 512 and windowed.pool_cells == 256  # the window, two steps, two blocks; rounded up
+    assert stats.pool_cells == 512 and stats.frozen_cells >= 1500 - 512
+    assert windowed.active_cells <= windowed.pool_cells and windowed.active_cells + windowed.frozen_cells == 1500
+    newest = [state for position, state in llm.kv_tokens(1) if position >= 1500 - N_WINDOW]
+    assert all(state != "frozen" for state in newest)
+
+
+def test_windowed_layers_see_what_upstreams_do(load, gemma3):
+    """With a pool for all on the global layer, and a window's on the others, the result is that of upstream's rolling window."""
+    options = {"n_ctx": 1024, "logits_all": True, "n_batch": 64, "n_ubatch": 64}
+    full = read(load(gemma3, swa_full=False, **options), tokens(700))
+    ours = load(gemma3, kv_policy="asrkf,window=256,rewalk_tokens=0", kv_pool=768, **options)
+    mine = read(ours, tokens(700))
+    stats = ours.kv_stats()
+    assert stats.groups[0].frozen_cells == 0 and stats.groups[1].frozen_cells > 400
+    assert np.abs(mine - full).max() < 1e-2 * np.abs(full).max()  # the cells are in another order
+
+
+def test_a_windowed_sequence_is_cut_back_and_saved_as_a_whole(load, gemma3):
+    options = {"n_ctx": 2048, "n_batch": 64, "n_ubatch": 64}
+    llm = load(gemma3, kv_policy="asrkf,rewalk_tokens=0", kv_pool=512, **options)
+    llm.eval(tokens(1500))
+    row = llm.kv_rows(300, 1)
+    state = llm.save_state()
+    llm.n_tokens = 400  # far behind the window: upstream's rolling cache has lost these rows
+    llm.eval([7])
+    assert llm.kv_stats().tokens == 401
+    assert all(mode != "frozen" for position, mode in llm.kv_tokens(1) if position >= 401 - N_WINDOW)
+    other = load(gemma3, kv_policy="asrkf", kv_pool=1024, **options)
+    other.load_state(state)
+    other.eval([7])
+    assert other.kv_stats().tokens == 1501
+    assert other.kv_rows(300, 1) == row
+
+
+def test_what_a_windowed_model_cannot_have_is_refused(load, gemma3, tmp_path):
+    with pytest.raises(ValueError, match="two caches there"):
+        load(gemma3, kv_policy="asrkf,state=upstream", kv_pool=512)
+    with pytest.raises(ValueError, match="a model with sliding windows takes one group"):
+        load(write_gemma3(tmp_path / "twelve.gguf", 12), kv_policy="asrkf,layers=5@512/11@768", n_ctx=2048)
+    with pytest.raises(ValueError, match="all layers of the model have a sliding window"):
+        load(write_gemma3(tmp_path / "five.gguf", 5), kv_policy="asrkf", kv_pool=512)
