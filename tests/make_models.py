@@ -106,6 +106,23 @@ def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:
                 rope_base=500000.0, kind=gguf.GGMLQuantizationType.Q4_0, vocab=vocab)
 
 
+def write_lora(path: Path, *, n_layer: int = 2, n_embd: int = 256, rank: int = 4) -> None:
+    """A LoRA adapter of random values for the queries and values' projections of write_tiny()'s model."""
+    rng = np.random.default_rng(2)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 2.0 * rank)
+    for il in range(n_layer):
+        for name, n_out in (("attn_q", n_embd), ("attn_v", n_embd // 2)):
+            writer.add_tensor(f"blk.{il}.{name}.weight.lora_a", rng.standard_normal((rank, n_embd), dtype=np.float32) * n_embd**-0.5)
+            writer.add_tensor(f"blk.{il}.{name}.weight.lora_b", rng.standard_normal((n_out, rank), dtype=np.float32) * 0.3)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("kind", choices=["tiny", "llama3"])

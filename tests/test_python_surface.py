@@ -7,6 +7,7 @@ import pytest
 from kv import check_states, tokens_of
 from llama_cpp import LlamaDiskCache, LlamaRAMCache
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+from make_models import write_lora
 
 from asrkf_gguf import KVError
 
@@ -142,6 +143,23 @@ def test_logprobs_come_with_an_answer_past_the_pool(load, smollm2, text):
     assert len(choice["logprobs"]["tokens"]) == 12
     assert all(-20 < value <= 0 for value in choice["logprobs"]["token_logprobs"])
     assert all(len(best) >= 3 for best in choice["logprobs"]["top_logprobs"])
+
+
+def test_an_adapter_gives_the_logits_of_full_where_the_pool_holds_all_and_runs_past_it(load, tiny, tmp_path):
+    write_lora(tmp_path / "lora.gguf")
+    tokens = np.random.default_rng(1).integers(0, 250, 900).tolist()
+    options = {"n_ctx": 1024, "logits_all": True}
+
+    def logits(llm) -> np.ndarray:
+        llm.eval(tokens)
+        return np.array(llm.scores[:900])
+
+    full, plain = load(tiny, lora_path=str(tmp_path / "lora.gguf"), **options), load(tiny, **options)
+    ours = load(tiny, lora_path=str(tmp_path / "lora.gguf"), kv_policy="asrkf", kv_pool=1024, **options)
+    expected = logits(full)
+    assert np.array_equal(logits(ours), expected) and not np.array_equal(logits(plain), expected)
+    small = load(tiny, lora_path=str(tmp_path / "lora.gguf"), kv_policy="asrkf", kv_pool=512, **options)
+    assert np.isfinite(logits(small)).all() and small.kv_stats().frozen_cells > 300
 
 
 def test_embeddings_are_refused_with_what_to_use(load, smollm2):

@@ -789,6 +789,50 @@ TEST(several_held, "several sequences in a pool that holds all give upstream's l
     }
 }
 
+TEST(embeddings_in, "a batch of embeddings, with logits for every token, gives upstream's; past the pool its tokens freeze and come back like others") {
+    const int n_embd = llama_model_n_embd(load_model());
+    const auto feed = [&](llama_context * c, int32_t begin, int32_t n) {
+        llama_batch batch = llama_batch_init(n, n_embd, 1);
+        batch.n_tokens = n;
+        for (int32_t i = 0; i < n; ++i) {
+            for (int d = 0; d < n_embd; ++d) {
+                batch.embd[i*n_embd + d] = float(((begin + i)*31 + d*17) % 23 - 11)/11.0f;
+            }
+            batch.pos[i]       = begin + i;
+            batch.n_seq_id[i]  = 1;
+            batch.seq_id[i][0] = 0;
+            batch.logits[i]    = true;
+        }
+        const int status = llama_decode(c, batch);
+        llama_batch_free(batch);
+        return status;
+    };
+    llama_context * ours = make_context("asrkf,pool=2048"), * plain = make_context(nullptr);
+    for (llama_context * c : { ours, plain }) {
+        CHECK(feed(c, 0, 40) == 0);
+    }
+    bool same = true;
+    for (int32_t i = 0; i < 40; ++i) {
+        same = same && logits_of(ours, i) == logits_of(plain, i);
+    }
+    CHECK(same);
+    CHECK(extend(ours, { 0 }, 3) == 0 && extend(plain, { 0 }, 3) == 0 && logits_of(ours, -1) == logits_of(plain, -1)); // then tokens
+    llama_free(ours);
+    llama_free(plain);
+    llama_context * ctx = make_context("asrkf,pool=512");
+    for (int32_t begin = 0; begin < 1600; begin += 100) {
+        CHECK(feed(ctx, begin, 100) == 0);
+    }
+    const asrkf_stats s = stats_of(ctx);
+    CHECK(s.tokens == 1600 && s.frozen_cells >= 1088 && s.rewalks_total == 0); // what came as embeddings cannot be computed again
+    std::mt19937 random(1);
+    witness watch(ctx);
+    watch.check(random);
+    CHECK(extend(ctx, { 0 }, 20) == 0 && asrkf_freeze(ctx, 0, 100, 200, nullptr) == ASRKF_OK && extend(ctx, { 0 }, 20) == 0);
+    watch.check(random, 200);
+    llama_free(ctx);
+}
+
 TEST(streams, "a stream decides as a context of its own does, whatever its neighbours do") {
     options pair;
     pair.n_seq = 2;
