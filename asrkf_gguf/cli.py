@@ -12,7 +12,7 @@ from typing import Optional
 from tqdm import tqdm
 
 from . import _native, bench, calibrate
-from .config import POLICIES, PoolSize
+from .config import DEFAULT_POOL, POLICIES, FreezeConfig, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
 from .stats import KVStats
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         n_threads_batch=arguments.threads,
         seed=arguments.seed,
         kv_policy=arguments.kv_policy,
-        kv_pool=arguments.kv_pool if arguments.kv_policy != "full" else None,
+        kv_pool=arguments.kv_pool or (DEFAULT_POOL if FreezeConfig.from_string(arguments.kv_policy).needs_pool() else None),
         verbose=arguments.verbose,
     )
     bar = prompt_progress(llm, "reading the prompt")
@@ -122,8 +122,6 @@ def info(arguments: argparse.Namespace) -> int:
     print(llama_cpp.llama_print_system_info().decode().strip())
     print(f"policies: {', '.join(POLICIES)}")
     print("keys (kv_policy=\"asrkf,key=value,...\", FreezeConfig(key=value), LLAMA_KV_POLICY):")
-    from .config import FreezeConfig
-
     defaults = FreezeConfig().resolved()
     for row in _native.config_table():
         print(f"  {row['name']:<14} {defaults.get(row['name'], ''):<10} {row['doc']}{' [' + row['choices'] + ']' if row['choices'] else ''}")
@@ -153,7 +151,7 @@ def make_parser(serves: bool) -> argparse.ArgumentParser:
     runner.add_argument("--seed", type=int, default=1)
     runner.add_argument("--chat", action="store_true", help="use the model's chat template")
     runner.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
-    runner.add_argument("--kv-pool", type=pool_size, default="0.25", help="cells, part of n_ctx, or bytes (default 0.25)")
+    runner.add_argument("--kv-pool", type=pool_size, help=f"cells, part of n_ctx, or bytes (default {DEFAULT_POOL}, if the policy does not say)")
     runner.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log")
     runner.set_defaults(function=run)
     shower = commands.add_parser("info", help="what this build can do, and what a model's cache needs")

@@ -8,6 +8,7 @@ from typing import Optional, Union
 
 from . import _native
 
+DEFAULT_POOL = "0.25"  # of the commands
 PoolSize = Union[int, float, str]
 POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all")
 
@@ -110,6 +111,10 @@ class FreezeConfig:
         """Every key with the value that runs, as strings."""
         policy, *pairs = _native.format_config(_native.parse_config(self.to_string())).split(",")
         return {"policy": policy, **dict(pair.split("=", 1) for pair in pairs)}
+
+    def needs_pool(self) -> bool:
+        """Does a pool still have to be given? Not for "full", presets with a pool, or groups with pools of their own."""
+        return self.policy != "full" and "pool" not in self.resolved() and "@" not in (self.layers or "")
 
     def with_pool(self, pool: Optional[PoolSize]) -> FreezeConfig:
         """The same configuration with this pool; ValueError if it has another one already."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from . import _native  # noqa: F401  before llama_cpp: it decides which libllama is loaded
-from .config import FreezeConfig
+from .config import DEFAULT_POOL, FreezeConfig
 from .llama import Llama
 from .models import resolve_model
 from .stats import counted_since
@@ -40,8 +40,6 @@ try:
     from starlette.middleware import Middleware
 except ImportError as error:
     raise ImportError(f'the package {error.name} is missing: pip install "asrkf-gguf[serve]"', name=error.name) from error
-
-DEFAULT_POOL = "0.25"
 
 
 # settings: CLI, environment and config file carry them, as those of llama_cpp.server
@@ -66,9 +64,8 @@ class ModelSettings(server_settings.ModelSettings):
 
     def policy(self) -> dict[str, Optional[str]]:
         """kv_policy and kv_pool for Llama(); ValueError for an unknown policy or key."""
-        config = FreezeConfig.from_string(self.kv_policy)
-        says_pool = config.policy == "full" or "pool" in config.resolved() or "@" in (config.layers or "")
-        return {"kv_policy": self.kv_policy, "kv_pool": self.kv_pool or (None if says_pool else DEFAULT_POOL)}
+        needs_pool = FreezeConfig.from_string(self.kv_policy).needs_pool()
+        return {"kv_policy": self.kv_policy, "kv_pool": self.kv_pool or (DEFAULT_POOL if needs_pool else None)}
 
 
 class Settings(server_settings.ServerSettings, ModelSettings):

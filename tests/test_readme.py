@@ -48,3 +48,17 @@ def test_every_row_names_commit_machine_model_command_and_config():
 def test_scripts_that_the_readme_names_exist():
     for name in set(re.findall(r"scripts/[a-z_]+", README)):
         assert (ROOT / name).exists(), name
+
+
+def test_every_row_of_what_is_supported_names_tests_that_exist():
+    table = README.split("## What is supported")[1].split("\n\n")[2].splitlines()[2:]
+    assert len(table) > 15
+    for row in table:
+        cited = re.findall(r"`([^`]+)`", row.split("|")[3])
+        assert cited, row
+        for name in cited:
+            file, _, tests = name.partition(": ")
+            path = ROOT / file if "/" in file else ROOT / "tests" / ("native" if file.endswith(".cpp") else "") / file
+            text = path.read_text()
+            for test in filter(None, tests.split(", ")):
+                assert re.search(rf"TEST\({test},|def {test}\(", text), name
