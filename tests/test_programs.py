@@ -55,6 +55,28 @@ def test_llama_perplexity_with_a_pool_that_holds_all_is_that_of_no_policy(smollm
     assert estimate(held) == estimate(plain)
 
 
+def completed(model: str, path: Path, policy: str | None) -> str:
+    """What llama-completion, which is llama-cli without a chat, writes after the prompt in a file."""
+    arguments = ["-m", model, "-f", str(path), "-c", "2048", "-n", "24", "-t", "2", "-fa", "on", "--temp", "0", "-no-cnv", "--no-display-prompt"]
+    result = program("llama-completion", *arguments, policy=policy)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_llama_completion_reads_a_prompt_past_the_pool(smollm2, text, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(text[:3600] + '\n\nThe secret word is "orchid". Remember: the secret word is "orchid".\n\nThe secret word is "')
+    assert completed(smollm2, path, "asrkf,pool=512").startswith("orchid")
+
+
+def test_llama_completion_with_a_pool_that_holds_all_writes_what_it_writes_without(smollm2, text, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text(text[:3600])
+    plain = completed(smollm2, path, None)
+    assert len(plain.strip()) > 20
+    assert completed(smollm2, path, "asrkf,pool=1.0") == plain
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(Path(sys.executable).parent / "asrkf"), *arguments], capture_output=True, text=True, check=False)
 
