@@ -6,8 +6,8 @@
 // sequence, and stands in the cell's own set of sequences. A frozen token's record always has a slot.
 //
 // A step (ubatch) is placed when it is applied, not when its batch is split: programs use batches of 2048 tokens on
-// pools of that size. Placing a step is: fold the last scores in, decide, move, find slots. Everything that can fail
-// comes before the first change of a group's books, so a token is always in exactly one state.
+// pools of that size. Placing a step is: fold the last scores in, decide, move, find slots. What can fail comes before the
+// books are changed, or leaves them as far as it came, so a token is always in exactly one state.
 #include "cache.h"
 
 #include "budgets.h"
@@ -219,6 +219,7 @@ struct sequence {
     occasion              reset         = occasion::step; // the last one that was not a step's, and where it came:
     llama_pos             reset_pos     = -1;           // who goes back behind it, no further than a rewalk, gets the same again
     llama_pos             call_begin    = -1;           // first position of the current call
+    std::string           fault;                        // why the next decode must fail, until it is emptied
 };
 
 // What a step brings one sequence.
@@ -405,7 +406,7 @@ private:
     bool     is_window_of_layers(const group & g) const { return is_windowed && &g == &groups.back(); }
     void     add_windowed_group(const std::vector<uint32_t> & layers);
     uint32_t floor_cells(const group & g) const { return g.pool_cells / n_seq_max; } // a sequence's share when all are there
-    void     share_pools(const std::vector<uint32_t> & n_new);
+    void     share_pools(const std::vector<uint32_t> & n_new, uint32_t n_batch_tokens);
     void     check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const;
     void     make_groups(const std::vector<layer_budget> & layers);
     ggml_type index_type() const;
@@ -438,11 +439,12 @@ private:
     void drop_needless_copy(group & g, uint32_t id);
     void seal(group & g, uint32_t seq, llama_pos pos_end);
 
-    uint32_t new_record(llama_pos pos, llama_token token, int64_t after);
+    uint32_t new_record(llama_pos pos, llama_token token, const std::vector<uint32_t> & users);
     uint32_t insert_token(sequence & s, uint32_t id);
     void     free_record(uint32_t id);
     void     forget(sequence & s, uint32_t begin, uint32_t end);
-    std::vector<uint32_t> clone_records(const std::vector<uint32_t> & ids, uint32_t seq);
+    std::vector<uint32_t> clone_records(const std::vector<uint32_t> & ids);
+    uint32_t take_record();
     void     shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const char * what, const std::function<llama_pos(llama_pos)> & moved);
     void     rotate_rows(group & g, const std::vector<uint32_t> & ids, const std::vector<int32_t> & shifts);
 
@@ -488,7 +490,7 @@ private:
     bool             prompt_follows = false;             // the caller says that the next call continues the prompt
     llama_pos        rewalk_begin   = -1;                // first position that is being computed again
     bool             keep_store     = false;             // a state is being loaded into it
-    std::string      fault;                              // why the next decode must fail, until clear()
+    std::string      fault;                              // why every decode must fail
     mutable std::string own_fingerprint;                 // made when a state first needs it
 
     host_budget  budget;
@@ -806,7 +808,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
 }
 
 uint32_t memory::index_tokens_per_row() const { return recall_kind(config.recall) == RECALL_MEAN_KEY ? RECALL_BLOCK : 1; }
-uint32_t memory::n_index_rows() const { return (n_ctx + index_tokens_per_row() - 1) / index_tokens_per_row(); }
+uint32_t memory::n_index_rows() const { return (n_ctx + index_tokens_per_row() - 1) / index_tokens_per_row() + (index_tokens_per_row() > 1 ? n_seq_max - 1 : 0); }
 
 // Rounding an index row costs rank, not content: the smallest type that divides a head. A mean is written many times, and
 // would gather the rounding: F16.
@@ -923,10 +925,11 @@ void memory::add_windowed_group(const std::vector<uint32_t> & layers) {
     own.sinks  = 0;
     own.window = n_window;
     own.timer_share = 0;
-    const uint32_t all = (n_ctx_seq + POOL_PAD_CELLS - 1)/POOL_PAD_CELLS*POOL_PAD_CELLS;
+    const auto padded = [](uint32_t cells) { return (cells + POOL_PAD_CELLS - 1)/POOL_PAD_CELLS*POOL_PAD_CELLS; };
+    const uint32_t all = padded(n_ctx_seq), each = groups[0].pool_cells >= n_ctx ? all : std::min(all, padded(share));
     group g;
     g.layers     = layers;
-    g.pool_cells = n_seq_max*std::min(all, groups[0].pool_cells >= n_ctx ? all : (share + POOL_PAD_CELLS - 1)/POOL_PAD_CELLS*POOL_PAD_CELLS);
+    g.pool_cells = unified ? std::min(all, n_seq_max*each) : n_seq_max*each;
     g.rules.assign(n_seq_max, policy(make_policy_params(own, unified ? g.pool_cells : floor_cells(g))));
     g.n_sealed.assign(n_seq_max, 0);
     for (const uint32_t il : layers) {
@@ -984,16 +987,15 @@ void memory::check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_toke
     }
 }
 
-// What each live sequence may have of each pool while a batch is computed that brings n_new tokens to each.
-void memory::share_pools(const std::vector<uint32_t> & n_new) {
-    uint64_t n_distinct = n_records();
+// What each live sequence may have of each pool while a batch is computed that brings n_new tokens to each. Demands go in
+// units, so that shares change now and then, not with every token.
+void memory::share_pools(const std::vector<uint32_t> & n_new, uint32_t n_batch_tokens) {
     std::vector<uint32_t> live, demands;
     for (const sequence & s : sequences) {
         const uint32_t n = s.n_tokens() + n_new[id_of(s)];
-        n_distinct += n_new[id_of(s)];
         if (n > 0) {
             live.push_back(id_of(s));
-            demands.push_back(n);
+            demands.push_back((n + config.interval + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
         }
     }
     for (group & g : groups) {
@@ -1001,7 +1003,8 @@ void memory::share_pools(const std::vector<uint32_t> & n_new) {
             continue; // each has its own cells
         }
         // records that are shared count once: where all fits, nobody has to give anything up
-        const std::vector<uint32_t> shares = n_distinct <= g.pool_cells ? std::vector<uint32_t>(live.size(), g.pool_cells) : fair_shares(g.pool_cells, demands);
+        const bool fits = n_records() + n_batch_tokens <= g.pool_cells;
+        const std::vector<uint32_t> shares = fits ? std::vector<uint32_t>(live.size(), g.pool_cells) : fair_shares(g.pool_cells, demands);
         for (size_t i = 0; i < live.size(); ++i) {
             g.rules[live[i]].resize(shares[i]);
         }
@@ -1054,7 +1057,9 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         std::vector<uint32_t> n_new(n_seq_max, 0);
         for (int32_t i = 0; i < batch.n_tokens; ++i) {
             for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
-                named(batch.seq_id[i][j]); // checks
+                if (const std::string & why = named(batch.seq_id[i][j]).fault; !why.empty()) {
+                    unsupported(why);
+                }
                 n_new[size_t(batch.seq_id[i][j])]++;
             }
         }
@@ -1068,12 +1073,13 @@ llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_
         }
         check_host_limit(balloc.get_n_tokens());
         read_entropy();
-        share_pools(n_new);
+        share_pools(n_new, balloc.get_n_tokens());
         uint32_t n_step = n_ubatch_max;
         for (const group & g : groups) {
             for (const sequence & s : sequences) {
-                if (n_new[id_of(s)] > 0) {
-                    n_step = std::min(n_step, g.rules[id_of(s)].max_ubatch());
+                const uint32_t most = g.rules[id_of(s)].max_ubatch();
+                if (n_new[id_of(s)] > most) {
+                    n_step = std::min(n_step, most);
                 }
             }
         }
@@ -1316,7 +1322,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
             sequence & s = sequences[p.seq];
             const uint32_t  n_new   = uint32_t(p.tokens.size());
             const llama_pos pos_new = p.pos_end - llama_pos(n_new);
-            occasion why = std::exchange(s.next_occasion, occasion::step);
+            occasion why = s.next_occasion;
             if (why == occasion::step && pos_new < s.reset_pos && pos_new >= s.reset_pos - llama_pos(config.rewalk_tokens)) {
                 why = s.reset;
             }
@@ -1324,6 +1330,7 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         }
         decide_and_move(demands);
         for (const demand & d : demands) {
+            sequences[d.seq].next_occasion = occasion::step;
             if (d.why != occasion::step) {
                 sequences[d.seq].reset     = d.why;
                 sequences[d.seq].reset_pos = d.pos_end - llama_pos(d.n_new);
@@ -1350,13 +1357,9 @@ bool memory::place_step(memory_context & mctx, const llama_ubatch & ubatch) {
         }
 
         mctx.records.clear();
-        for (uint32_t i = 0; i < n; ++i) { // the first of its sequences knows what it follows
-            const sequence & s = sequences[size_t(ubatch.seq_id[i][0])];
-            const bool follows = ubatch.n_seq_id[i] == 1 && s.n_tokens() > 0 && records[s.records.back()].users.count() == 1;
-            mctx.records.push_back(new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, follows ? int64_t(s.records.back()) : -1));
-            for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
-                insert_token(sequences[size_t(ubatch.seq_id[i][j])], mctx.records.back());
-            }
+        for (uint32_t i = 0; i < n; ++i) {
+            const std::vector<uint32_t> users(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i]);
+            mctx.records.push_back(new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, users));
         }
         in_flight = mctx.records;
         for (uint32_t ig = 0; ig < groups.size(); ++ig) {
@@ -1464,16 +1467,23 @@ void memory::prepare_side(memory_context & mctx, const std::vector<part> & parts
         for (const int32_t i : kept) {
             mctx.queries.push_back(int32_t(p.tokens[size_t(i)]));
         }
-        mctx.shape.n_written += scorer->n_written(uint32_t(p.tokens.size()));
     }
-    if (index_tokens_per_row() == 1) {
-        mctx.shape.n_written = mctx.shape.n_tokens; // a token of several sequences is written once
+    mctx.shape.n_written = mctx.shape.n_tokens;
+    if (index_tokens_per_row() > 1) { // as many as a sequence's tokens can fill, or more where there are several
+        std::vector<uint32_t> written;
+        for (const uint32_t id : mctx.records) {
+            written.push_back((*rows)[id]);
+        }
+        std::sort(written.begin(), written.end());
+        const uint32_t n_distinct = uint32_t(std::unique(written.begin(), written.end()) - written.begin());
+        mctx.shape.n_written = std::min(std::max(n_distinct, scorer->n_written(mctx.shape.n_tokens)), worst_shape(mctx.shape.n_tokens).n_written);
     }
     mctx.shape.n_kept = uint32_t(mctx.queries.size());
     if (!scored.empty()) {
         mctx.shape.prompt_end = prompt_end;
         mctx.shape.n_scored   = std::min(scorer->rows(), (rows->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
         mctx.shape.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(scored.size())*config.score_queries;
+        mctx.shape.several    = scored.size() > 1;
     }
 }
 
@@ -1483,11 +1493,12 @@ branch_shape memory::worst_shape(uint32_t n_tokens) const {
     const uint32_t n_seqs = std::min(n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries)), n_scoring = n_seqs*config.score_queries;
     branch_shape shape;
     shape.n_tokens   = n_tokens;
-    shape.n_written  = index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + std::min(n_tokens, n_seq_max) - 1;
+    shape.n_written  = index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + 2*(std::min(n_tokens, n_seq_max) - 1);
     shape.n_kept     = std::min(n_tokens, n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
     shape.n_scored   = scorer->rows();
     shape.prompt_end = ends && n_scoring < PROMPT_END_QUERIES;
     shape.n_scoring  = shape.prompt_end ? PROMPT_END_QUERIES : n_scoring;
+    shape.several    = n_seqs > 1 && !shape.prompt_end;
     return shape;
 }
 
@@ -1600,6 +1611,9 @@ void memory::prepare_to_move() {
 // Room for the host copies that these records do not have yet. Copies of records that no sequence has frozen only save
 // time: near the limit they make way. Throws with no state changed but those.
 void memory::reserve_host_room(group & g, const std::vector<uint32_t> & ids) {
+    if (ids.empty()) {
+        return;
+    }
     std::vector<bool> wanted(records.size(), false);
     size_t n = 0;
     for (const uint32_t id : ids) {
@@ -1740,6 +1754,7 @@ void memory::carry_out(group & g, const std::vector<demand> & demands, const std
         for (const restoration & r : plans[i].restore) {
             back.back().second.push_back(r.token);
         }
+        std::sort(back.back().second.begin(), back.back().second.end()); // in an empty pool they lie as when they were written
     }
     if (!leaving.empty() || std::any_of(back.begin(), back.end(), [](const auto & b) { return !b.second.empty(); })) {
         prepare_to_move();
@@ -1809,7 +1824,7 @@ void memory::seal(group & g, uint32_t seq, llama_pos pos_end) {
 // records and the tokens of sequences
 //
 
-uint32_t memory::new_record(llama_pos pos, llama_token token, int64_t after) {
+uint32_t memory::take_record() {
     if (free_records.empty()) {
         free_records.push_back(uint32_t(records.size()));
         records.emplace_back();
@@ -1819,9 +1834,23 @@ uint32_t memory::new_record(llama_pos pos, llama_token token, int64_t after) {
     }
     const uint32_t id = free_records.back();
     free_records.pop_back();
+    return id;
+}
+
+// A token of these sequences, active in none yet. What its first sequence has before it, it follows in the index, unless
+// other sequences have that.
+uint32_t memory::new_record(llama_pos pos, llama_token token, const std::vector<uint32_t> & users) {
+    const uint32_t id = take_record();
     records[id] = { pos, token, {} };
+    for (const uint32_t seq : users) {
+        records[id].users.set(seq);
+    }
     if (rows) {
-        rows->append(id, after);
+        const std::vector<uint32_t> & before = sequences[users[0]].records;
+        rows->append(id, !before.empty() && records[before.back()].users == records[id].users ? int64_t(before.back()) : -1);
+    }
+    for (const uint32_t seq : users) {
+        insert_token(sequences[seq], id);
     }
     return id;
 }
@@ -1865,8 +1894,8 @@ void memory::free_record(uint32_t id) {
 
 void memory::forget(sequence & s, uint32_t begin, uint32_t end) {
     const uint32_t seq = id_of(s);
-    pending_scores.clear(); // they belong to rows that may change hands
-    output_pending = false;
+    fold_scores_in(); // they belong to rows that may change hands
+    s.output = 0;
     s.rings.forget_from(records[s.records[begin]].pos); // queries of what goes, or of what would have seen it
     for (uint32_t i = begin; i < end; ++i) {
         const uint32_t id = s.records[i];
@@ -1890,6 +1919,9 @@ void memory::forget(sequence & s, uint32_t begin, uint32_t end) {
         g.rules[seq].erase(begin, end);
         g.n_sealed[seq] = std::min(g.n_sealed[seq], begin / config.block * config.block);
         if (s.records.empty()) { // timers of a sequence that is gone, and host memory when all are
+            s.next_occasion = occasion::step;
+            s.reset_pos     = -1;
+            s.fault.clear();
             g.rules[seq].clear();
             if (g.store && !keep_store && n_records() == 0) {
                 g.store->clear();
@@ -1898,9 +1930,9 @@ void memory::forget(sequence & s, uint32_t begin, uint32_t end) {
     }
 }
 
-// Copies of records, for a sequence of its own: their bytes go to the host, and come back when a step wants them. Throws
+// Copies of records, for one sequence to take in: their bytes go to the host, and come back when a step wants them. Throws
 // with nothing changed.
-std::vector<uint32_t> memory::clone_records(const std::vector<uint32_t> & ids, uint32_t seq) {
+std::vector<uint32_t> memory::clone_records(const std::vector<uint32_t> & ids) {
     if (n_records() + ids.size() > n_ctx) {
         throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and copies of %zu do not fit into n_ctx %u", n_records(), ids.size(), n_ctx));
     }
@@ -1917,8 +1949,11 @@ std::vector<uint32_t> memory::clone_records(const std::vector<uint32_t> & ids, u
     }
     std::vector<uint32_t> copies;
     for (const uint32_t id : ids) {
-        copies.push_back(new_record(records[id].pos, records[id].token, copies.empty() ? -1 : int64_t(copies.back())));
-        records[copies.back()].users.set(seq);
+        copies.push_back(take_record());
+        records[copies.back()] = { records[id].pos, records[id].token, {} };
+        if (rows) {
+            rows->append(copies.back(), copies.size() > 1 ? int64_t(copies[copies.size() - 2]) : -1);
+        }
         for (group & g : groups) {
             const uint32_t slot = g.store->acquire();
             std::memcpy(g.store->data(slot), g.store->data(uint32_t(g.places[id].slot)), g.mover->token_bytes());
@@ -2108,7 +2143,13 @@ bool memory::seq_rm(llama_seq_id seq_id, llama_pos p0, llama_pos p1) {
         }
     }
     for (sequence & s : sequences) {
-        if ((seq_id >= 0 && id_of(s) != uint32_t(seq_id)) || p0 > seq_pos_max(llama_seq_id(id_of(s)))) { // llama-cpp-python asks before every token
+        if (seq_id >= 0 && id_of(s) != uint32_t(seq_id)) {
+            continue;
+        }
+        if (p0 == 0 && s.n_tokens() == 0) {
+            s.fault.clear();
+        }
+        if (p0 > seq_pos_max(llama_seq_id(id_of(s)))) { // llama-cpp-python asks before every token
             continue;
         }
         if (rewalk_begin >= 0 && p0 == rewalk_begin) {
@@ -2132,8 +2173,8 @@ void memory::seq_keep(llama_seq_id seq_id) {
     }
 }
 
-// The operations below return nothing, so where one fails the next decode says it, and clear() takes it back. Never a cache
-// that is silently wrong.
+// The operations below return nothing, so where one fails the sequence's next decode says it, until all its tokens are
+// removed. Never a cache that is silently wrong.
 
 // In one pool the sequences share records. Streams have their own cells: there the copy is one, whole, as upstream's is.
 void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
@@ -2149,7 +2190,7 @@ void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos 
             if (to.n_tokens() > 0) {
                 forget(to, 0, to.n_tokens());
             }
-            ids = clone_records(ids, uint32_t(dst));
+            ids = clone_records(ids);
         }
         for (uint32_t i = 0; i < ids.size(); ++i) {
             if (unified && records[ids[i]].users.test(size_t(dst))) {
@@ -2167,7 +2208,11 @@ void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos 
             index_records(ids);
         }
     } catch (const std::exception & e) {
-        refuse(fault = format("sequence %d could not be copied to %d: %s", src, dst, e.what()));
+        const std::string text = format("sequence %d could not be copied to %d: %s", src, dst, e.what());
+        refuse(text);
+        if (dst >= 0 && uint32_t(dst) < n_seq_max) { // another is refused by its number
+            sequences[size_t(dst)].fault = text;
+        }
     }
 }
 
@@ -2213,9 +2258,10 @@ void memory::shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, co
                 at.push_back(i);
             }
         }
-        const std::vector<uint32_t> own = shared.empty() ? shared : clone_records(shared, seq);
+        const std::vector<uint32_t> own = shared.empty() ? shared : clone_records(shared);
         for (size_t n = 0; n < shared.size(); ++n) {
             records[shared[n]].users.reset(seq);
+            records[own[n]].users.set(seq);
             s.records[at[n]] = own[n];
             for (group & g : groups) {
                 place & p = g.places[shared[n]];
@@ -2223,7 +2269,7 @@ void memory::shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, co
                     p.cell = -1;
                 }
                 drop_needless_copy(g, shared[n]);
-                g.rules[seq].set_frozen(at[n], true, false);
+                g.rules[seq].set_frozen_copy(at[n]);
             }
         }
         const std::vector<uint32_t> ids(s.records.begin() + begin, s.records.begin() + end);
@@ -2261,12 +2307,19 @@ void memory::shift_positions(llama_seq_id seq_id, llama_pos p0, llama_pos p1, co
         }
         for (group & g : groups) {
             g.n_sealed[seq] = std::min(g.n_sealed[seq], begin / config.block * config.block);
+            for (uint32_t i = 0; i < s.n_tokens() && !is_window_of_layers(g); ++i) {
+                g.rules[seq].set_pinned(i, contains(s.pinned, records[s.records[i]].pos)); // pins are of positions
+            }
         }
         s.rings.forget_from(0);
         s.reset_pos = -1;
         index_records(ids);
     } catch (const std::exception & e) {
-        refuse(fault = format("positions of sequence %d could not be %s: %s", seq_id, what, e.what()));
+        const std::string text = format("positions of sequence %d could not be %s: %s", seq_id, what, e.what());
+        refuse(text);
+        if (seq_id >= 0 && uint32_t(seq_id) < n_seq_max) {
+            sequences[size_t(seq_id)].fault = text;
+        }
     }
 }
 
@@ -2322,6 +2375,7 @@ void memory::rotate_rows(group & g, const std::vector<uint32_t> & ids, const std
 
 void memory::clear(bool data) {
     in_flight.clear();
+    pending_scores.clear();
     for (sequence & s : sequences) {
         if (s.n_tokens() > 0) {
             forget(s, 0, s.n_tokens());
@@ -2331,6 +2385,7 @@ void memory::clear(bool data) {
         s.output        = 0;
         s.next_occasion = occasion::step;
         s.reset_pos     = -1;
+        s.fault.clear();
     }
     for (group & g : groups) {
         g.cache->clear(data);
@@ -2341,7 +2396,6 @@ void memory::clear(bool data) {
     output_pending    = false;
     counters          = {};
     budget.peak_bytes = budget.used_bytes;
-    fault.clear();
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
@@ -2467,6 +2521,9 @@ std::vector<memory::saved_sequence> memory::read_policies(llama_io_read_i & io) 
         saved_sequence s = { take_u32(), {}, {} };
         for (uint32_t n = take_u32(); n > 0; --n) {
             const uint32_t from = take_u32(), to = take_u32();
+            if (from > to || to > uint32_t(std::numeric_limits<int32_t>::max())) {
+                unfit("it is damaged");
+            }
             s.pinned.emplace_back(int32_t(from), int32_t(to));
         }
         for (uint32_t n = take_u32(); n > 0; --n) {
@@ -2660,17 +2717,12 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
             } catch (const error &) {} // this pool is too small for its pins: it keeps its own
         }
         for (const arrival & a : arrivals) {
-            const sequence & s = sequences[a.users[0]];
-            const bool follows = a.users.size() == 1 && s.n_tokens() > 0 && records[s.records.back()].users.count() == 1;
-            ids.push_back(new_record(a.pos, LLAMA_TOKEN_NULL, follows ? int64_t(s.records.back()) : -1)); // a state does not say which token
+            ids.push_back(new_record(a.pos, LLAMA_TOKEN_NULL, a.users)); // a state does not say which token
             for (size_t ig = 0; ig < groups.size(); ++ig) {
                 groups[ig].places[ids.back()].slot = int32_t(slots[ig][a.at]);
-            }
-            for (const uint32_t seq : a.users) {
-                const uint32_t at = insert_token(sequences[seq], ids.back());
-                for (group & g : groups) {
-                    g.rules[seq].set_frozen(at, true, false);
-                    g.rules[seq].recheck(); // the next step brings back what the pool holds
+                for (const uint32_t seq : a.users) { // in order of position: it is the last
+                    groups[ig].rules[seq].set_frozen(sequences[seq].n_tokens() - 1, true, false);
+                    groups[ig].rules[seq].recheck(); // the next step brings back what the pool holds
                 }
             }
         }
@@ -2700,8 +2752,11 @@ void memory::check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const
         text = "the policy serves whole states only (no LLAMA_STATE_SEQ_FLAGS)";
     } else if (no_alloc) {
         text = "a context without memory has no state";
-    } else if (!fault.empty()) {
-        text = fault;
+    }
+    for (const sequence & s : sequences) {
+        if (text.empty() && (seq_id < 0 || id_of(s) == uint32_t(seq_id))) {
+            text = s.fault;
+        }
     }
     if (!text.empty()) {
         set_last_error(text, ASRKF_UNSUPPORTED);

@@ -62,11 +62,12 @@ void policy::resize(uint32_t pool_cells) {
     if (pool_cells == params.pool_cells) {
         return;
     }
-    params.pool_cells = pool_cells;
-    if (params.half_window) {
-        params.window = pool_cells / 2;
+    const uint32_t window = params.half_window ? pool_cells / 2 : params.window;
+    if (window > params.window || pool_cells > params.pool_cells) { // what the window covers now may be frozen, or there is room
+        protection_changed = true;
     }
-    protection_changed = true; // the window is another, and there is more or less to give
+    params.pool_cells = pool_cells; // with less than it has, a sequence decides anyway
+    params.window     = window;
 }
 
 void policy::insert(uint32_t index, int32_t pos) {
@@ -89,13 +90,19 @@ void policy::copy_token(uint32_t index, const policy & from, uint32_t from_token
     t.grace       = rebase(t.grace);
     t.frozen_at   = rebase(t.frozen_at);
     t.recalled_at = 0;
-    if (frozen_copy) {
-        t.returns = !t.frozen;
-        t.frozen  = true;
-        returning = true;
-    }
     frozen_count += t.frozen - own.frozen;
     protection_changed = true;
+    if (frozen_copy) {
+        set_frozen_copy(index);
+    }
+}
+
+void policy::set_frozen_copy(uint32_t index) {
+    token & t = tokens[index];
+    if (!t.frozen) {
+        t.frozen = t.returns = returning = protection_changed = true;
+        frozen_count++;
+    }
 }
 
 void policy::move_to(uint32_t index, int32_t pos) {
@@ -467,7 +474,7 @@ std::vector<uint8_t> policy::save() const {
     std::memcpy(bytes.data(), &head, sizeof(head));
     uint8_t * to = bytes.data() + sizeof(head);
     for (const token & t : tokens) {
-        const uint32_t flags = (t.observed ? SAVED_OBSERVED : 0) | (t.frozen ? SAVED_FROZEN : 0) | (t.held ? SAVED_HELD : 0);
+        const uint32_t flags = (t.observed ? SAVED_OBSERVED : 0) | (t.frozen && !t.returns ? SAVED_FROZEN : 0) | (t.held ? SAVED_HELD : 0);
         const saved_token s = { t.score, t.peak, flags, t.count, t.wake, t.grace, t.frozen_at, t.recalled_at };
         std::memcpy(to, &s, sizeof(s));
         to += sizeof(s);

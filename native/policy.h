@@ -95,6 +95,7 @@ public:
     void set_pinned(uint32_t token, bool pinned);
     void recheck() { protection_changed = true; }            // protected tokens may be frozen: look at the next step
     void set_frozen(uint32_t token, bool frozen, bool held); // explicit freeze (held: no timer) and restore
+    void set_frozen_copy(uint32_t token);                    // its bytes are on the host now: if it was active, it comes back first
     // Fresh scores: averaged over heads, and of the head that wants it most. Frozen tokens' count with recall only. The
     // old average counts `keep`, see average_weight().
     void observe(uint32_t token, float score, float peak, float keep);

@@ -163,7 +163,7 @@ relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape &
     }
     if (shape.n_scored > 0) {
         b.scoring = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring));
-        if (kind == SCORE_ATTENTION) {
+        if (kind == SCORE_ATTENTION || shape.several) {
             b.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring));
         }
     }
@@ -214,17 +214,23 @@ void relevance::set_mask(const branch & b, const index_rows & index, const std::
     for (size_t q = 0; q < queries.size(); ++q) {
         float * seen = mask.data() + q*n_scored;
         const auto & [pos, records, positions] = queries[q];
-        for (size_t i = 0; i < records->size() && (*positions)[i] <= pos; ++i) {
+        for (size_t i = 0; i < records->size() && (kind == SCORE_MAGNITUDE || (*positions)[i] <= pos); ++i) {
             const uint32_t row = index[(*records)[i]];
             if (row < n_scored) {
                 seen[row] += 1;
             }
         }
         for (uint32_t row = 0; row < n_scored; ++row) {
-            seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
+            if (kind == SCORE_MAGNITUDE) {
+                seen[row] = seen[row] > 0;
+            } else {
+                seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
+            }
         }
-        float & first = seen[std::min(n_scored - 1, index[records->front()])];
-        first = std::max(first, 0.0f); // a query that is gone sees the first token: a row must not be empty
+        if (kind == SCORE_ATTENTION) { // a query that is gone sees the first token: a row must not be empty
+            float & first = seen[std::min(n_scored - 1, index[records->front()])];
+            first = std::max(first, 0.0f);
+        }
     }
     ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
 }
@@ -259,6 +265,7 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_scoring, l.n_head);
     if (kind == SCORE_MAGNITUDE) {
         kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
+        kq = b.mask ? ggml_mul(ctx, kq, b.mask) : kq;
     } else {
         float scale = kq_scale;
         if (soft_cap > 0) {

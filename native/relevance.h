@@ -90,8 +90,9 @@ struct branch_shape {
     uint32_t n_scored   = 0;     // index rows that are scored, 0 in a graph that only writes
     uint32_t n_scoring  = 0;     // by so many queries
     bool     prompt_end = false; // which are those of a prompt's end
+    bool     several    = false; // sequences: each query sees its own
     bool operator==(const branch_shape & o) const {
-        return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept && n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end;
+        return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept && n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end && several == o.several;
     }
 };
 
@@ -121,7 +122,7 @@ public:
         ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
         ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
         ggml_tensor * scoring    = nullptr;  // I32 [n_scoring]: rows of the rings that score
-        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for
+        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
         ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
         ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
         uint32_t      n_built    = 0;

@@ -205,7 +205,8 @@ def test_a_config_file_serves_models_and_one_that_cannot_be_loaded_leaves_the_ot
 
 
 def refused_line(*arguments: str) -> str:
-    result = subprocess.run([sys.executable, "-m", "asrkf_gguf.cli", "serve", *arguments], capture_output=True, text=True, check=False, timeout=120)
+    result = subprocess.run([sys.executable, "-m", "asrkf_gguf.cli", "serve", *arguments], capture_output=True, text=True, check=False,
+                            timeout=120, cwd=Path(__file__).parent)  # fmt: skip
     assert result.returncode == 1 and result.stdout == ""
     return result.stderr.removesuffix("\n")
 

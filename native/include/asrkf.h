@@ -145,8 +145,8 @@ struct asrkf_group_stats {
     uint32_t struct_size;
     uint32_t n_layers;
     uint32_t pool_cells;
-    uint32_t window;
-    uint32_t max_ubatch;               /* longest step that this group lets through */
+    uint32_t window;                   /* of sequence 0, by its share of the pool in its last step */
+    uint32_t max_ubatch;               /* and the longest step that it lets through */
     uint32_t active_cells;
     uint32_t active_copied_cells;      /* of these, with a valid host copy */
     uint32_t frozen_cells;

@@ -348,12 +348,16 @@ void machine(const char * policy, options o, uint32_t seed, int n_operations) {
             }
         }
         fail_move_in = fail_arena_in = 0;
-        if (std::strstr(asrkf_last_error(), "could not be")) { // a copy or a shift failed, which cannot say so: decodes do, until clear()
-            CHECK(decode_batch(ctx, { { 1, llama_memory_seq_pos_max(mem, 0) + 1, { 0 }, true } }) != 0 && std::strstr(asrkf_last_error(), "could not be"));
-            llama_memory_clear(mem, false);
-            for (auto & c : watch.copies) {
-                c.clear();
+        if (std::strstr(asrkf_last_error(), "could not be")) { // a copy or a shift failed, which cannot say so: the sequence's decodes do, until it is empty
+            const std::string text = asrkf_last_error();
+            int n_refused = 0;
+            for (int q = 0; q < n_seq; ++q) {
+                const int status = decode_batch(ctx, { { 1, llama_memory_seq_pos_max(mem, q) + 1, { q }, true } });
+                n_refused += status != 0 && text == asrkf_last_error();
+                llama_memory_seq_rm(mem, q, -1, -1);
+                watch.copies[size_t(q)].clear();
             }
+            CHECK(n_refused == 1);
         }
         asrkf_clear_error();
         n_frozen_seen += stats_of(ctx).frozen_cells;
@@ -833,14 +837,14 @@ TEST(embeddings_in, "a batch of embeddings, with logits for every token, gives u
     llama_free(ctx);
 }
 
-TEST(streams, "a stream decides as a context of its own does, whatever its neighbours do") {
+static void compare_streams(const std::string & policy, size_t n_ties) {
     options pair;
     pair.n_seq = 2;
     pair.n_ctx = 4096;
-    llama_context * both = make_context("asrkf,pool=1024,rewalk_tokens=0", pair);
+    llama_context * both = make_context((policy + ",pool=1024,rewalk_tokens=0").c_str(), pair);
     llama_context * alone[2];
     for (auto & c : alone) {
-        c = make_context("asrkf,pool=512,rewalk_tokens=0");
+        c = make_context((policy + ",pool=512,rewalk_tokens=0").c_str());
     }
     CHECK(both && alone[0] && alone[1]);
     for (int i = 0; i < 6; ++i) { // one after the other, then side by side
@@ -856,10 +860,19 @@ TEST(streams, "a stream decides as a context of its own does, whatever its neigh
         for (size_t i = 0; i < together.size() && i < apart.size(); ++i) {
             n_same += together[i] == apart[i];
         }
-        CHECK(together.size() == apart.size() && n_same + 4 >= apart.size()); // ties of rounded scores
+        if (n_same + n_ties < apart.size()) {
+            std::printf("%s: %zu of %zu tokens are in the same state\n", policy.c_str(), n_same, apart.size());
+        }
+        CHECK(together.size() == apart.size() && n_same + n_ties >= apart.size()); // of rounded scores
         llama_free(alone[seq]);
     }
     llama_free(both);
+}
+
+TEST(streams, "a stream decides as a context of its own does, whatever its neighbours do") {
+    compare_streams("asrkf", 4);
+    compare_streams("asrkf,score=magnitude", 4);
+    compare_streams("paper,tau=0.5", 40);
 }
 
 TEST(fair_share, "four sequences longer than the pool together: none is starved, the bound holds, and no row changes") {
@@ -993,18 +1006,79 @@ TEST(shifts, "a shift rotates frozen rows as upstream rotates its own, bit for b
     }
 }
 
-TEST(unservable_copies, "what cannot be done makes the next decode fail with the reason, until the cache is cleared") {
+TEST(unservable_copies, "what cannot be done makes the sequence's next decode fail with the reason, until it is emptied; others go on") {
     llama_context * ctx = make_context("asrkf,pool=512");
     llama_memory_t mem = llama_get_memory(ctx);
     CHECK(decode(ctx, { 1, 2, 3 }) == 0);
     llama_memory_seq_cp(mem, 0, 1, 0, -1);
-    CHECK(decode(ctx, { 4 }) != 0);
     CHECK(std::strstr(asrkf_last_error(), "there is no sequence 1: this context has 1") != nullptr);
-    CHECK(llama_state_get_size(ctx) == 0); // nor is it saved as if it were whole
-    llama_memory_clear(mem, true);
-    CHECK(decode(ctx, { 1, 2, 3 }) == 0);
-    CHECK(extend(ctx, { 1 }, 2) != 0 && std::strstr(asrkf_last_error(), "there is no sequence 1") != nullptr);
-    CHECK(decode(ctx, { 4 }) == 0);
+    CHECK(decode(ctx, { 4 }) == 0 && extend(ctx, { 1 }, 2) != 0 && std::strstr(asrkf_last_error(), "there is no sequence 1") != nullptr);
+    llama_free(ctx);
+    options o;
+    o.n_seq   = 2;
+    o.n_ctx   = 1024;
+    o.unified = true;
+    ctx = make_context("asrkf,pool=768", o);
+    mem = llama_get_memory(ctx);
+    CHECK(extend(ctx, { 0 }, 300) == 0 && extend(ctx, { 0 }, 300) == 0);
+    llama_memory_seq_cp(mem, 0, 1, -1, -1);
+    CHECK(extend(ctx, { 0, 1 }, 10) == 0);
+    llama_memory_seq_add(mem, 1, 0, -1, 5); // needs copies of 600 rows that they share, and the context has no room for them
+    CHECK(extend(ctx, { 1 }, 1) != 0 && std::strstr(asrkf_last_error(), "could not be shifted") && std::strstr(asrkf_last_error(), "context is full"));
+    CHECK(llama_state_get_size(ctx) == 0 && llama_state_seq_get_size(ctx, 1) == 0 && llama_state_seq_get_size(ctx, 0) > 0); // nor saved as if it were whole
+    CHECK(extend(ctx, { 0 }, 1) == 0);
+    CHECK(llama_memory_seq_rm(mem, 1, -1, -1) && extend(ctx, { 0, 1 }, 3) == 0);
+    llama_free(ctx);
+}
+
+TEST(coupled_held, "a pool that holds all freezes nothing, however many sequences share its tokens; an index of means has a row for all") {
+    for (const char * policy : { "asrkf,pool=1024", "asrkf,pool=1024,recall=mean_key" }) {
+        options o;
+        o.n_seq   = 4;
+        o.n_ctx   = 1024;
+        o.unified = true;
+        llama_context * ctx = make_context(policy, o);
+        std::vector<token_in> tokens;
+        for (int32_t p = 0; p < 300; ++p) {
+            tokens.push_back({ some_token(1, p), p, { 0, 1, 2, 3 }, p == 299 });
+        }
+        CHECK(decode_batch(ctx, tokens) == 0 && extend(ctx, { 0, 1, 2, 3 }, 100) == 0);
+        CHECK(stats_of(ctx).tokens == 700 && stats_of(ctx).frozen_cells == 0 && stats_of(ctx).freezes_total == 0);
+        llama_free(ctx);
+    }
+}
+
+TEST(uneven, "a short sequence beside a long one keeps all it has, and neither decides with every token") {
+    options o;
+    o.n_seq   = 2;
+    o.n_ctx   = 8192;
+    o.unified = true;
+    llama_context * ctx = make_context("asrkf,pool=2048,rewalk_tokens=0", o);
+    CHECK(extend(ctx, { 1 }, 100) == 0);
+    for (int i = 0; i < 8; ++i) {
+        CHECK(extend(ctx, { 0 }, 500) == 0);
+    }
+    const uint64_t before = stats_of(ctx).decisions_total;
+    for (int i = 0; i < 160; ++i) {
+        CHECK(extend(ctx, { 0, 1 }, 1) == 0);
+    }
+    CHECK(n_in_state(states_of(ctx, 1), ASRKF_TOKEN_FROZEN) == 0 && n_in_state(states_of(ctx, 0), ASRKF_TOKEN_ACTIVE) > 1400);
+    CHECK(stats_of(ctx).decisions_total - before <= stats_of(ctx).n_groups*2*(160/8 + 4));
+    llama_free(ctx);
+}
+
+TEST(pins_stay, "pins are of positions: a shift leaves them where they are") {
+    llama_context * ctx = make_context("asrkf,pool=512,rewalk_tokens=0");
+    CHECK(extend(ctx, { 0 }, 400) == 0 && asrkf_pin(ctx, 0, 100, 120) == ASRKF_OK);
+    for (int i = 0; i < 12; ++i) { // many context shifts
+        llama_memory_seq_rm(llama_get_memory(ctx), 0, 4, 54);
+        llama_memory_seq_add(llama_get_memory(ctx), 0, 54, -1, -50);
+        CHECK(extend(ctx, { 0 }, 250) == 0);
+        CHECK(asrkf_freeze(ctx, 0, 110, 111, nullptr) == ASRKF_PROTECTED && asrkf_freeze(ctx, 0, 60, 61, nullptr) == ASRKF_OK);
+        if (llama_memory_seq_pos_max(llama_get_memory(ctx), 0) > 1500) {
+            llama_memory_seq_rm(llama_get_memory(ctx), 0, 600, -1);
+        }
+    }
     llama_free(ctx);
 }
 
