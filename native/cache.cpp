@@ -755,6 +755,11 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     if (make_policy_params(config, 1).wants_scores()) {
         scoring_layers = choose_scoring_layers(layer_budgets, measured_scorers);
     }
+    // a scoring layer adds up to 150 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
+    const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
+    if (std::strcmp(config.score_layers, "auto") == 0) {
+        scoring_layers.resize(std::min(scoring_layers.size(), n_spare/150));
+    }
     group_of_layer.assign(n_layer, 0);
     make_groups(layer_budgets);
     if (is_windowed) {
@@ -789,8 +794,6 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
                 is_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, n_ctx, n_seq_max, g.rules[0].params.window, g.rules[0].max_ubatch());
     }
 
-    // a scoring layer adds up to 150 nodes to a graph that llama_context sizes by the model's tensors, with room to spare
-    const size_t n_spare = std::max<size_t>(1024, 8*model.n_tensors())/2;
     if (150*scoring_layers.size() > n_spare) {
         throw error(ASRKF_INVALID_ARGUMENT, format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers,
                 scoring_layers.size(), n_spare/150));
@@ -975,6 +978,9 @@ std::vector<scoring_layer> memory::make_scoring_layers(bool offload) const {
 // A sequence must be able to live on its floor: what it gets of the pool when all the others are there, too.
 void memory::check_pool(const group & g, uint32_t n_ubatch, uint32_t pinned_tokens) const {
     const uint32_t cells = floor_cells(g);
+    if ((unified ? g.pool_cells : cells) >= (unified ? n_ctx : n_ctx_seq)) {
+        return; // it holds whatever there may be
+    }
     const policy_params p = make_policy_params(config, cells);
     const uint64_t required = policy::required_cells(p, n_ubatch, pinned_tokens);
     if (required > cells) {
@@ -2420,6 +2426,8 @@ std::map<ggml_backend_buffer_type_t, size_t> memory::memory_breakdown() const {
 
 constexpr llama_pos MAX_POS = 1 << 30; // so that positions can be counted on from
 constexpr uint32_t STATE_MARK = 0x4b525341, STATE_VERSION = 1; // "ASRK"
+// Upstream's partial states are what a sliding window forgets; here it forgets nothing.
+constexpr uint32_t STATE_NOTHING = 0x4e525341;
 
 void write_u32(llama_io_write_i & io, uint32_t value) { io.write(&value, sizeof(value)); }
 
@@ -2538,6 +2546,10 @@ std::vector<memory::saved_sequence> memory::read_policies(llama_io_read_i & io) 
 
 void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     check_state(seq_id, flags);
+    if (is_windowed && flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
+        write_u32(io, STATE_NOTHING);
+        return;
+    }
     if (state_kind(config.state) == STATE_OWN) {
         write_policies(io, seq_id);
     }
@@ -2571,6 +2583,7 @@ void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state
             }
         }
         const std::vector<row_part> parts = row_parts();
+        std::vector<uint8_t> copied;
         write_u32(io, 0); // V is not transposed
         write_u32(io, uint32_t(parts.size() / 2));
         for (const row_part & part : parts) {
@@ -2590,7 +2603,13 @@ void memory::state_write(llama_io_write_i & io, llama_seq_id seq_id, llama_state
                 while (i + run < ids.size() && g.places[ids[i + run]].cell == p.cell + int32_t(run)) {
                     run++;
                 }
-                io.write_tensor(part.tensor, size_t(p.cell)*row_bytes, run*row_bytes);
+                if (flags & LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) { // where frozen rows are: on the host
+                    copied.resize(run*row_bytes);
+                    ggml_backend_tensor_get(part.tensor, copied.data(), size_t(p.cell)*row_bytes, copied.size());
+                    io.write(copied.data(), copied.size());
+                } else {
+                    io.write_tensor(part.tensor, size_t(p.cell)*row_bytes, run*row_bytes);
+                }
                 i += run;
             }
         }
@@ -2603,6 +2622,9 @@ void memory::state_read(llama_io_read_i & io, llama_seq_id seq_id, llama_state_s
     try {
         check_state(seq_id, flags);
         uint32_t n_stream = read_u32(io);
+        if (is_windowed && flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY && n_stream == STATE_NOTHING) {
+            return;
+        }
         std::vector<saved_sequence> saved;
         if (n_stream == STATE_MARK) {
             saved    = read_policies(io);
@@ -2748,8 +2770,8 @@ void memory::check_state(llama_seq_id seq_id, llama_state_seq_flags flags) const
     std::string text;
     if (seq_id >= 0 && uint32_t(seq_id) >= n_seq_max) {
         text = format("there is no sequence %d: this context has %u (n_seq_max, -np)", seq_id, n_seq_max);
-    } else if (flags != 0) {
-        text = "the policy serves whole states only (no LLAMA_STATE_SEQ_FLAGS)";
+    } else if (flags & ~uint32_t(LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY | LLAMA_STATE_SEQ_FLAGS_ON_DEVICE)) {
+        text = format("states with flags %u are unknown here", flags);
     } else if (no_alloc) {
         text = "a context without memory has no state";
     }

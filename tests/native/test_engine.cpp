@@ -1125,6 +1125,11 @@ TEST(policy_state, "a state carries scores and timers: what was active is active
     CHECK(llama_state_seq_set_data(other, one.data(), one.size(), 1) == one.size());
     CHECK(llama_memory_seq_pos_max(llama_get_memory(other), 1) == 1051 && llama_memory_seq_pos_max(llama_get_memory(other), 0) == 19);
     CHECK(extend(other, { 0, 1 }, 3) == 0);
+    std::vector<uint8_t> device(llama_state_seq_get_size_ext(ctx, 0, LLAMA_STATE_SEQ_FLAGS_ON_DEVICE)); // what is frozen is not there: held on the host
+    CHECK(llama_state_seq_get_data_ext(ctx, device.data(), device.size(), 0, LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) == device.size());
+    const auto row = row_at(ctx, 0, 0, 300);
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx), 0, -1, -1));
+    CHECK(llama_state_seq_set_data_ext(ctx, device.data(), device.size(), 0, LLAMA_STATE_SEQ_FLAGS_ON_DEVICE) == device.size() && row_at(ctx, 0, 0, 300) == row);
     auto wrong = one;
     const auto mark = std::search(wrong.begin(), wrong.end(), "ASRK", "ASRK" + 4);
     CHECK(mark != wrong.end());
