@@ -269,6 +269,10 @@ class Llama(llama_cpp.Llama):
         _native.check(_native.lib.asrkf_restore(self._pointer, 0, begin, end, moved))
         return moved[0]
 
+    def set_host_limit(self, limit_bytes: int) -> None:
+        """Another host_limit from now on, 0 for none: what it refused may be tried again. KVError if more is in use."""
+        _native.check(_native.lib.asrkf_set_host_limit(self._pointer, limit_bytes))
+
     def pin(self, begin: int, end: int) -> None:
         """Never freeze positions [begin, end), also those still to come; KVError if the pool would be too small."""
         _native.check(_native.lib.asrkf_pin(self._pointer, 0, begin, end))

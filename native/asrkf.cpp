@@ -138,6 +138,10 @@ enum asrkf_status asrkf_prompt_follows(struct llama_context * ctx, int32_t follo
     return guarded([&] { need_engine(ctx).set_prompt_follows(follows != 0); });
 }
 
+enum asrkf_status asrkf_set_host_limit(struct llama_context * ctx, uint64_t limit_bytes) {
+    return guarded([&] { need_engine(ctx).set_host_limit(limit_bytes); });
+}
+
 enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size) {
     return guarded([&] {
         need(model, "model");

@@ -353,7 +353,7 @@ public:
     uint64_t freeze_range (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) override;
     uint64_t restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) override;
     void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) override;
-    const asrkf_config & get_config() const override { return config; }
+    asrkf_config      get_config() const override;
     asrkf_stats       get_stats(llama_context * ctx) const override;
     asrkf_group_stats get_group_stats(uint32_t index) const override;
     size_t get_tokens(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override;
@@ -362,6 +362,7 @@ public:
     uint64_t get_trace_count() const override { return trace_count; }
 
     void set_prompt_follows(bool follows) override { prompt_follows = follows; }
+    void set_host_limit(uint64_t limit_bytes) override;
 
     // of the contexts
     bool place_step(memory_context & mctx, const llama_ubatch & ubatch);
@@ -2871,6 +2872,19 @@ void memory::refuse(const std::string & text, asrkf_status status) {
 void memory::refuse(const std::exception & e) {
     const auto * known = dynamic_cast<const error *>(&e);
     refuse(e.what(), known ? known->status : ASRKF_INTERNAL);
+}
+
+asrkf_config memory::get_config() const {
+    asrkf_config now = config;
+    now.host_limit = budget.limit_bytes;
+    return now;
+}
+
+void memory::set_host_limit(uint64_t limit_bytes) {
+    if (limit_bytes && limit_bytes < budget.used_bytes) {
+        throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes: %llu are in use", (unsigned long long) limit_bytes, (unsigned long long) budget.used_bytes));
+    }
+    budget.limit_bytes = limit_bytes;
 }
 
 asrkf_stats memory::get_stats(llama_context * ctx) const {

@@ -21,8 +21,9 @@ public:
     virtual void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) = 0;
 
     virtual void     set_prompt_follows(bool follows) = 0;
+    virtual void     set_host_limit(uint64_t limit_bytes) = 0;
 
-    virtual const asrkf_config & get_config() const = 0;
+    virtual asrkf_config      get_config() const = 0;
     virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
     virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
     virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;

@@ -37,7 +37,7 @@ class index_rows {
 public:
     index_rows(uint32_t n_rows, uint32_t tokens_per_row);
 
-    // after: the record before it in its sequence, -1 for none or one that is shared: a mean is of one sequence's tokens.
+    // after: the record before it, -1 for none or one of other sequences: a mean is of tokens that belong together.
     void     append(uint32_t record, int64_t after);
     void     release(uint32_t record);
     uint32_t operator[](uint32_t record) const { return rows[record]; }

@@ -209,6 +209,10 @@ ASRKF_API enum asrkf_status asrkf_unpin  (struct llama_context * ctx, int32_t se
  * with one output, the last, are taken for the end of a prompt. */
 ASRKF_API enum asrkf_status asrkf_prompt_follows(struct llama_context * ctx, int32_t follows);
 
+/* Another host_limit from now on, bytes, 0 for none: where one refused a step, that step may come again. A limit below what is
+ * in use is refused (ASRKF_HOST_LIMIT). */
+ASRKF_API enum asrkf_status asrkf_set_host_limit(struct llama_context * ctx, uint64_t limit_bytes);
+
 /* Name of a model by shape and weights, for the side file of a calibration; size includes the final NUL (64 is enough). */
 ASRKF_API enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size);
 

@@ -1067,6 +1067,32 @@ TEST(uneven, "a short sequence beside a long one keeps all it has, and neither d
     llama_free(ctx);
 }
 
+TEST(raised_limit, "from a host limit that is reached all works: raising it, removing tokens, saving the state") {
+    const auto at_the_limit = [] {
+        llama_context * ctx = make_context("asrkf,pool=512,host_limit=300kB,rewalk_tokens=0");
+        int n = 0;
+        while (extend(ctx, { 0 }, 50) == 0) {
+            n += 50;
+        }
+        CHECK(asrkf_last_status() == ASRKF_HOST_LIMIT && n > 512 && stats_of(ctx).tokens == uint64_t(n));
+        return ctx;
+    };
+    llama_context * ctx = at_the_limit();
+    const asrkf_stats before = stats_of(ctx);
+    CHECK(asrkf_set_host_limit(ctx, before.host_kv_bytes - 1) == ASRKF_HOST_LIMIT && extend(ctx, { 0 }, 50) != 0);
+    CHECK(asrkf_set_host_limit(ctx, 600000) == ASRKF_OK && extend(ctx, { 0 }, 50) == 0 && extend(ctx, { 0 }, 50) == 0);
+    CHECK(stats_of(ctx).host_kv_peak_bytes <= 600000);
+    llama_free(ctx);
+    ctx = at_the_limit();
+    const auto blob = saved(ctx);
+    const uint64_t n = stats_of(ctx).tokens;
+    CHECK(llama_memory_seq_rm(llama_get_memory(ctx), 0, 400, -1) && extend(ctx, { 0 }, 50) == 0);
+    llama_context * other = make_context("asrkf,pool=512");
+    CHECK(llama_state_set_data(other, blob.data(), blob.size()) == blob.size() && extend(other, { 0 }, 50) == 0 && stats_of(other).tokens == n + 50);
+    llama_free(other);
+    llama_free(ctx);
+}
+
 TEST(pins_stay, "pins are of positions: a shift leaves them where they are") {
     llama_context * ctx = make_context("asrkf,pool=512,rewalk_tokens=0");
     CHECK(extend(ctx, { 0 }, 400) == 0 && asrkf_pin(ctx, 0, 100, 120) == ASRKF_OK);

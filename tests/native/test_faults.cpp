@@ -297,6 +297,7 @@ TEST(bad_arguments, "calls on a context refuse NULL, sequences, groups, position
         }
 
         REFUSED(asrkf_prompt_follows(nullptr, 1));
+        REFUSED(asrkf_set_host_limit(nullptr, 0));
         GIVES(ASRKF_OK, asrkf_prompt_follows(ctx, LOWEST));
         GIVES(ASRKF_OK, asrkf_prompt_follows(ctx, 0));
 
@@ -321,6 +322,7 @@ TEST(without_policy, "a context without a policy gives its figures; every other 
     GIVES(ASRKF_NO_POLICY, asrkf_pin(ctx, 0, 0, 1));
     GIVES(ASRKF_NO_POLICY, asrkf_unpin(ctx, 0, 0, -1));
     GIVES(ASRKF_NO_POLICY, asrkf_prompt_follows(ctx, 1));
+    GIVES(ASRKF_NO_POLICY, asrkf_set_host_limit(ctx, 0));
     GIVES(ASRKF_NO_POLICY, asrkf_get_config(ctx, &config));
     GIVES(ASRKF_NO_POLICY, asrkf_get_group_stats(ctx, 0, &group));
     GIVES(ASRKF_NO_POLICY, get_tokens(ctx, 0, nullptr, nullptr, 0, &n_tokens));
