@@ -20,7 +20,7 @@ uint64_t mix(uint64_t x) {
 // Leave the n best in front; ties go to the later token, so the order is total and the choice repeatable.
 template <typename Better>
 void select(std::vector<uint32_t> & indices, size_t n, Better better) {
-    if (n < indices.size()) {
+    if (n > 0 && n < indices.size()) {
         std::nth_element(indices.begin(), indices.begin() + std::ptrdiff_t(n), indices.end(), better);
     }
 }
@@ -174,6 +174,15 @@ float policy::rank(uint32_t index) const {
     }
 }
 
+// Sorting looks at them many times.
+std::vector<float> policy::all_ranks() const {
+    std::vector<float> ranks(n_tokens());
+    for (uint32_t i = 0; i < n_tokens(); ++i) {
+        ranks[i] = rank(i);
+    }
+    return ranks;
+}
+
 uint32_t policy::timer(uint32_t count) const {
     return uint32_t(std::min(std::floor(std::sqrt(double(count)) / params.softness), 1e9));
 }
@@ -265,10 +274,8 @@ std::vector<uint32_t> policy::blocks_asked_for(int32_t pos_end, size_t n_wanted,
 }
 
 void policy::decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end, occasion why, bool frugal) const {
-    const auto better = [&](uint32_t a, uint32_t b) {
-        const float ra = rank(a), rb = rank(b);
-        return ra != rb ? ra > rb : a > b;
-    };
+    const std::vector<float> ranks = all_ranks();
+    const auto better = [&](uint32_t a, uint32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a > b; };
     const auto waits_longer = [&](uint32_t a, uint32_t b) {
         return tokens[a].wake != tokens[b].wake ? tokens[a].wake < tokens[b].wake : a < b;
     };
@@ -393,10 +400,8 @@ void policy::decide_by_threshold(plan & result, uint32_t capacity, int32_t pos_e
         }
     }
     // the hard bound, which the paper does not have
-    const auto better = [&](uint32_t a, uint32_t b) {
-        const float ra = rank(a), rb = rank(b);
-        return ra != rb ? ra > rb : a > b;
-    };
+    const std::vector<float> ranks = all_ranks();
+    const auto better = [&](uint32_t a, uint32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a > b; };
     if (stays.size() > capacity) {
         select(stays, capacity, better);
         result.freeze.insert(result.freeze.end(), stays.begin() + capacity, stays.end());

@@ -149,6 +149,7 @@ private:
     };
 
     float rank(uint32_t index) const; // what decides who stays
+    std::vector<float> all_ranks() const;
     uint32_t timer(uint32_t count) const;
     std::vector<uint32_t> blocks_asked_for(int32_t pos_end, size_t n_tokens_wanted, bool with_neighbours) const;
     void decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end, occasion why, bool frugal) const;
