@@ -54,7 +54,9 @@ def main() -> None:
         if request["do"] == "config":
             keys = {key: kwargs[key] for key in ("n_ctx", "n_batch", "n_ubatch", "flash_attn")}
             text = " ".join(f"{key}={value}" for key, value in keys.items()) + " type_k=f16 type_v=f16"
-            answer = {"config": text if options["upstream"] else f"{text} {llm.kv_config().to_string()}"}
+            if not options["upstream"]:
+                from asrkf_gguf.bench import config_text
+            answer = {"config": text if options["upstream"] else f"{text} {config_text(llm)}"}
         elif request["do"] == "prefill":
             llm.reset()
             llm._ctx.kv_cache_clear()
