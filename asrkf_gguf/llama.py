@@ -196,7 +196,10 @@ class Llama(llama_cpp.Llama):
         return sampler
 
     def save_state(self) -> llama_cpp.LlamaState:
-        """Save the state: the whole sequence in llama.cpp's format, frozen or not; KVError with the reason if it cannot be."""
+        """Save the state: the whole sequence, frozen or not, with scores and timers (see the key `state`).
+
+        KVError with the reason if it cannot be saved.
+        """
         _native.lib.asrkf_clear_error()
         if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
             raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.asrkf_last_status())

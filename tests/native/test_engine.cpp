@@ -28,12 +28,8 @@ struct options {
 };
 
 llama_context * make_context(const char * policy, options o = {}) {
-    if (policy) {
-        asrkf_config config;
-        config.struct_size = sizeof(config);
-        if (asrkf_config_parse(policy, &config) != ASRKF_OK || asrkf_next_context(&config) != ASRKF_OK) {
-            return nullptr;
-        }
+    if (policy && !next_policy(policy)) {
+        return nullptr;
     }
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = o.n_ctx;

@@ -30,14 +30,16 @@ inline llama_model * load_model() {
     return model;
 }
 
+inline bool next_policy(const char * policy) {
+    asrkf_config config;
+    config.struct_size = sizeof(config);
+    return asrkf_config_parse(policy, &config) == ASRKF_OK && asrkf_next_context(&config) == ASRKF_OK;
+}
+
 // One thread each, steps of at most n_batch tokens; policy NULL: whatever asrkf_next_context() was told. NULL if refused.
 inline llama_context * make_context(const char * policy, uint32_t n_ctx, uint32_t n_batch) {
-    if (policy) {
-        asrkf_config config;
-        config.struct_size = sizeof(config);
-        if (asrkf_config_parse(policy, &config) != ASRKF_OK || asrkf_next_context(&config) != ASRKF_OK) {
-            return nullptr;
-        }
+    if (policy && !next_policy(policy)) {
+        return nullptr;
     }
     llama_context_params params = llama_context_default_params();
     params.n_ctx           = n_ctx;
