@@ -1,8 +1,9 @@
 // C boundary: check, catch, status, last error.
 #include "asrkf.h"
 
-#include "cache.h"
-#include "entropy.h"
+#include "llama/engine.h"
+#include "policy/config.h"
+#include "policy/entropy.h"
 
 #include <cstring>
 

@@ -8,19 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# who may include whom, besides the standard library; "llama-" stands for llama.cpp's own headers (its src/)
+# The rooms of native/, and what each may include besides the standard library. "ggml" stands for ggml's public headers,
+# "llama-" for llama.cpp's own (its src/); a room's name for all its files.
 NATIVE = {
-    "config": {"asrkf.h"},
-    "policy": {"config.h"},
-    "host_store": {"config.h", "ggml-backend.h"},
-    "row_mover": {"config.h", "ggml.h", "ggml-backend.h", "ggml-alloc.h", "ggml-cpp.h"},
-    "budgets": {"config.h"},
-    "calibration": {"config.h"},
-    "entropy": {"config.h"},
-    "relevance": {"config.h", "ggml.h", "ggml-backend.h", "ggml-alloc.h", "ggml-cpp.h"},
-    "cache": {"budgets.h", "calibration.h", "config.h", "entropy.h", "host_store.h", "policy.h", "relevance.h", "row_mover.h", "llama-"},
-    "asrkf": {"asrkf.h", "cache.h", "entropy.h"},
+    "policy": {"common.h", "policy"},
+    "store": {"common.h", "store", "ggml"},
+    "scoring": {"common.h", "scoring", "ggml"},
+    "llama": {"common.h", "policy", "store", "scoring", "llama", "ggml", "llama-", "<nlohmann/json.hpp>"},
+    "common": {"common.h", "asrkf.h"},
+    "asrkf": {"asrkf.h", "common.h", "policy", "llama/engine.h"},
 }
+LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 PYTHON = {
     "_native": set(),
     "config": {"_native"},
@@ -37,26 +35,80 @@ PYTHON = {
 }
 
 
+def native_files() -> list[Path]:
+    return sorted(path for path in (ROOT / "native").rglob("*.[ch]*") if path.suffix in (".h", ".cpp") and "cmake" not in path.parts and "include" not in path.parts)
+
+
+def room_of(path: Path) -> str:
+    inside = path.relative_to(ROOT / "native")
+    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+
+
+def includes_of(path: Path) -> list[str]:
+    """Headers of ours, of ggml and of llama.cpp; from elsewhere with their angle brackets; none of the standard library."""
+    found = re.findall(r'^#\s*include (?:"([^"]+)"|(<[^>]+/[^>]+>|<[^>]+\.h(?:pp)?>))', path.read_text(), re.M)
+    return [ours or other for ours, other in found]
+
+
 def test_native_files_include_only_what_lies_below_them():
     seen = set()
-    for path in sorted((ROOT / "native").glob("*.[ch]*")):
-        room = path.stem
-        seen.add(room)
-        for name in re.findall(r'^#\s*include "([^"]+)"', path.read_text(), re.M):
-            allowed = NATIVE[room] | {f"{room}.h"}
-            assert name in allowed or ("llama-" in allowed and name.startswith("llama-")), f"{path.name} includes {name}"
-    assert seen - {"CMakeLists"} == set(NATIVE)
+    for path in native_files():
+        seen.add(room_of(path))
+        for name in includes_of(path):
+            kind = "ggml" if re.fullmatch(r"ggml[\w-]*\.h", name) else "llama-" if name.startswith("llama-") else name.split("/")[0] if "/" in name and name[0] != "<" else name
+            assert {kind, name} & NATIVE[room_of(path)], f"{path.relative_to(ROOT)} includes {name}"
+    assert seen == set(NATIVE)
 
 
-def test_llama_cpp_internals_are_included_in_one_file():
-    users = {path.name for path in (ROOT / "native").glob("*.*") if re.search(r'#include "llama-', path.read_text())}
-    assert users == {"cache.cpp"}
+def test_only_one_folder_knows_the_headers_of_llama_cpp():
+    users = {room_of(path) for path in native_files() if re.search(r'#\s*include "llama-', path.read_text())}
+    assert users == {"llama"}
+    assert includes_of(ROOT / "native/llama/engine.h") == ["common.h"]  # what the C boundary sees of that folder
+
+
+def test_no_header_includes_itself_on_a_round_trip():
+    below = {str(path.relative_to(ROOT / "native")): includes_of(path) for path in native_files() if path.suffix == ".h"}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, " -> ".join((*way, name))
+        for other in below.get(name, []):
+            visit(other, (*way, name))
+
+    for name in below:
+        visit(name, ())
 
 
 def test_policy_names_no_tensor():
-    for name in (f"{room}.{kind}" for room in ("policy", "budgets", "entropy") for kind in ("h", "cpp")):
-        code = re.sub(r"//[^\n]*", "", (ROOT / "native" / name).read_text())
-        assert not re.search(r"ggml|llama", code), name
+    files = [path for path in native_files() if room_of(path) == "policy"]
+    assert len(files) > 8
+    for path in files:
+        code = re.sub(r'//[^\n]*|"[^"\n]*"', "", path.read_text())
+        assert not re.search(r"ggml|llama", code), path.name
+
+
+def functions_of(path: Path) -> list[tuple[str, int]]:
+    """Functions at the left margin, with their lines: our code has its braces there."""
+    found, begin = [], None
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if begin is None and re.match(r"\w.*\(", line) and not re.match(r"(namespace|struct|class|enum|using|extern)\b", line) and not line.endswith((";", "}")):
+            begin = number
+        elif line == "}" and begin is not None:
+            found.append((lines[begin], number - begin + 1))
+            begin = None
+        elif line in ("", "};"):
+            begin = begin if begin is not None and lines[begin + 1 : number] else None
+    return found
+
+
+def test_no_file_and_no_function_is_too_long_to_read():
+    n_functions = 0
+    for path in native_files():
+        assert len(path.read_text().splitlines()) <= LONGEST_FILE, path.name
+        for first_line, n_lines in functions_of(path):
+            n_functions += 1
+            assert n_lines <= LONGEST_FUNCTION, f"{path.name}: {first_line} has {n_lines} lines"
+    assert n_functions > 200  # that they were found
 
 
 def test_patches_name_no_policy():

@@ -1,8 +1,8 @@
 // How cells are split among layers.
 #include "check.h"
 
-#include "budgets.h"
-#include "calibration.h"
+#include "policy/budgets.h"
+#include "llama/calibration.h"
 
 #include <algorithm>
 #include <cstdio>

@@ -1,7 +1,7 @@
 // The configuration table: parse, format, refuse.
 #include "check.h"
 
-#include "config.h"
+#include "policy/config.h"
 
 #include <cstring>
 

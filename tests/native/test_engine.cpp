@@ -2,8 +2,8 @@
 // Seeds are printed; ASRKF_TEST_SEED runs one, ASRKF_TEST_OPERATIONS how many operations each machine makes.
 #include "tiny.h"
 
-#include "host_store.h"
-#include "row_mover.h"
+#include "store/host_store.h"
+#include "store/row_mover.h"
 
 #include <algorithm>
 #include <cstdlib>

@@ -1,7 +1,7 @@
 // Entropy of an output row, and what it triggers.
 #include "check.h"
 
-#include "entropy.h"
+#include "policy/entropy.h"
 
 #include <cmath>
 #include <limits>

@@ -3,7 +3,7 @@
 // Seeds are printed; ASRKF_TEST_SEED sets the first, ASRKF_FUZZ_CASES how many cases each kind of input gets.
 #include "tiny.h"
 
-#include "calibration.h"
+#include "llama/calibration.h"
 
 #include <algorithm>
 #include <cmath>

@@ -1,8 +1,8 @@
 // Host store and row mover on ggml's CPU backend: bytes, budget, both transfer modes.
 #include "check.h"
 
-#include "host_store.h"
-#include "row_mover.h"
+#include "store/host_store.h"
+#include "store/row_mover.h"
 
 #include "ggml-alloc.h"
 #include "ggml-cpp.h"

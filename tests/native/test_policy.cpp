@@ -1,7 +1,8 @@
 // The policy alone: exact decisions, no tensors.
 #include "check.h"
 
-#include "policy.h"
+#include "policy/occasions.h"
+#include "policy/policy.h"
 
 #include <algorithm>
 #include <cmath>
@@ -478,6 +479,34 @@ TEST(saved_policy, "saved and loaded, scores and timers decide as before; a dama
     other.load(wild);
     other.commit(other.decide(1, 150));
     CHECK(other.n_active() < 64);
+}
+
+TEST(occasions_of_a_sequence, "a reset is asked for once, and comes again behind a cut no further than a rewalk") {
+    occasions why;
+    CHECK(why.at(100, 48) == occasion::step);
+    why.ask_for(occasion::full_reset);
+    CHECK(why.at(100, 48) == occasion::full_reset);
+    why.decided(occasion::full_reset, 100);
+    CHECK(why.at(100, 48) == occasion::step && why.at(101, 48) == occasion::step);
+    CHECK(why.at(99, 48) == occasion::full_reset && why.at(52, 48) == occasion::full_reset && why.at(51, 48) == occasion::step);
+    why.decided(occasion::step, 101); // an ordinary decision does not change where the reset was
+    CHECK(why.at(99, 48) == occasion::full_reset && why.at(99, 0) == occasion::step);
+    why.ask_for(occasion::soft_reset); // what is asked for now comes first
+    CHECK(why.at(99, 48) == occasion::soft_reset);
+    why.decided(occasion::soft_reset, 99);
+    why.forget_reset();
+    CHECK(why.at(98, 48) == occasion::step);
+    why.ask_for(occasion::window_reset);
+    why.clear();
+    CHECK(why.at(98, 48) == occasion::step);
+}
+
+TEST(who_scores, "as many sequences score as their queries fit a step, in the order of the batch, and at least one") {
+    using list = std::vector<uint32_t>;
+    CHECK((choose_scored({ 7, 2, 5 }, 4, 32) == list { 7, 2, 5 }));
+    CHECK((choose_scored({ 7, 2, 5 }, 16, 32) == list { 7, 2 })); // in the order of the batch
+    CHECK((choose_scored({ 7, 2, 5 }, 64, 32) == list { 7 }));
+    CHECK(choose_scored({}, 4, 32).empty());
 }
 
 int main() { return run_all_tests(); }

@@ -1,7 +1,7 @@
 // The graph's relevance branch against a scalar oracle, over several steps: index and ring outlive the graphs.
 #include "check.h"
 
-#include "relevance.h"
+#include "scoring/relevance.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"

@@ -1,0 +1,22 @@
+#include "common.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+
+namespace asrkf {
+
+std::string format(const char * fmt, ...) {
+    va_list args;
+    va_start(args, fmt);
+    va_list again;
+    va_copy(again, args);
+    const int n = vsnprintf(nullptr, 0, fmt, args);
+    va_end(args);
+    std::string text(size_t(std::max(n, 0)), '\0');
+    vsnprintf(text.data(), text.size() + 1, fmt, again);
+    va_end(again);
+    return text;
+}
+
+} // namespace asrkf

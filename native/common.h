@@ -1,0 +1,29 @@
+// What every room may know: a failure with its status, text by printf's rules, and the names of choices (the order is that of
+// the configuration table, policy/config.cpp). The standard library and asrkf.h only.
+#pragma once
+
+#include "asrkf.h"
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace asrkf {
+
+// A failure with the status that the C boundary gives back.
+struct error : std::runtime_error {
+    error(asrkf_status status, const std::string & text) : std::runtime_error(text), status(status) {}
+    asrkf_status status;
+};
+
+std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
+
+enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };
+enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
+enum state_kind { STATE_OWN = 0, STATE_UPSTREAM };
+enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };
+enum recall_kind { RECALL_OFF = 0, RECALL_EXACT, RECALL_MEAN_KEY };
+enum recovery_kind { RECOVERY_OFF = 0, RECOVERY_SOFT, RECOVERY_WINDOW, RECOVERY_FULL }; // the highest level that is used
+enum trigger_kind { TRIGGER_ENTROPY = 0, TRIGGER_RANDOM };
+
+} // namespace asrkf

@@ -1,0 +1,123 @@
+#include "llama/contexts.h"
+
+#include "llama/refusal.h"
+
+namespace asrkf {
+
+namespace {
+
+class windowed_context final : public llama_kv_cache_iswa_context {
+public:
+    explicit windowed_context(std::unique_ptr<memory_context> context)
+        : llama_kv_cache_iswa_context(LLAMA_MEMORY_STATUS_SUCCESS), whole(std::move(context)) {}
+
+    bool next() override { return whole->next(); }
+    bool apply() override { return whole->apply(); }
+    llama_memory_status  get_status() const override { return whole->get_status(); }
+    const llama_ubatch & get_ubatch() const override { return whole->get_ubatch(); }
+    void on_computed(llama_context & lctx, const llm_graph_result & res) override { whole->on_computed(lctx, res); }
+    const llama_kv_cache_context * get_base() const override { return whole->get_group(0); }
+    const llama_kv_cache_context * get_swa()  const override { return whole->get_group(whole->n_groups() - 1); }
+
+    const std::unique_ptr<memory_context> whole;
+};
+
+const memory_context & whole_of(const llama_memory_context_i * mctx) {
+    const auto * windowed = dynamic_cast<const windowed_context *>(mctx);
+    return windowed ? *windowed->whole : static_cast<const memory_context &>(*mctx);
+}
+
+// The side branch of one graph, which is reused while its shape stays.
+class side_input final : public llm_graph_input_i {
+public:
+    side_input(const memory_context * mctx, relevance::branch branch) : mctx(mctx), branch(std::move(branch)) {}
+    void set_input(const llama_ubatch *) override { mctx->scored.set_input(mctx->side, branch); }
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = &whole_of(params.mctx);
+        return mctx->side.shape == branch.shape;
+    }
+
+    const memory_context * mctx;
+    relevance::branch      branch;
+};
+
+} // namespace
+
+group_context::group_context(const memory_context & whole, group & g, std::vector<llama_ubatch> ubatches)
+    : llama_kv_cache_context(g.cache.get(), {}, std::move(ubatches)), whole(whole) {
+    sinfos.resize(this->ubatches.size());
+}
+
+void group_context::set_slot(llama_kv_cache::slot_info slot) {
+    sinfos[i_cur] = std::move(slot);
+    n_kv          = kv->get_n_kv(sinfos[i_cur]);
+}
+
+void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
+    whole.build_side_branch_of(res, gf, q, k_cur, kq_scale, il);
+}
+
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, steps::split_batch batch)
+    : group_context(*this, groups[0], batch.ubatches), scored(scored), groups(groups), placing(placing), is_worst_case(false), rewalks(batch.rewalks),
+      has_output(batch.has_output) {
+    for (size_t ig = 1; ig < groups.size(); ++ig) {
+        others.push_back(std::make_unique<group_context>(*this, groups[ig], batch.ubatches));
+    }
+}
+
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored)
+    : group_context(*this, groups[0]), scored(scored), groups(groups), placing(placing), is_worst_case(true), rewalks(false), has_output(false) {
+    for (size_t ig = 1; ig < groups.size(); ++ig) {
+        others.push_back(std::make_unique<group_context>(*this, groups[ig]));
+    }
+}
+
+bool memory_context::next() {
+    const bool more = group_context::next();
+    for (auto & other : others) {
+        other->next();
+    }
+    return more;
+}
+
+bool memory_context::apply() {
+    try {
+        steps::placed step = is_rewalk() ? placing.place_rewalk(ubatches[i_cur]) : placing.place(ubatches[i_cur], i_cur == 0, is_before_rewalk());
+        side = std::move(step.side);
+        for (uint32_t ig = 0; ig < n_groups(); ++ig) {
+            group_context & context = ig == 0 ? *this : *others[ig - 1];
+            context.set_slot(std::move(step.slots[ig]));
+        }
+        return true;
+    } catch (const std::exception & e) {
+        refuse(e);
+        return false;
+    }
+}
+
+void memory_context::on_computed(llama_context & lctx, const llm_graph_result &) {
+    if (side.shape.n_scored > 0) {
+        scored.read_back(lctx, side);
+    }
+    placing.computed(has_output && i_cur + 1 == ubatches.size());
+}
+
+void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
+    const int i = scored.place_of(il);
+    if (i < 0) {
+        return;
+    }
+    if (i == 0) { // a new graph
+        const branch_shape shape = is_worst_case ? scored.worst_shape(uint32_t(k_cur->ne[2])) : side.shape;
+        auto input = std::make_unique<side_input>(this, scored.new_branch(res.get_ctx(), shape));
+        scored.building = &input->branch;
+        res.add_input(std::move(input));
+    }
+    scored.build(res.get_ctx(), gf, i, q, k_cur, kq_scale);
+}
+
+llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed) {
+    return is_windowed ? llama_memory_context_ptr(std::make_unique<windowed_context>(std::move(context))) : std::move(context);
+}
+
+} // namespace asrkf

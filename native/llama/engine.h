@@ -1,0 +1,52 @@
+// The memory that freezes: what the C boundary (asrkf.cpp) sees of it. Needs no header of llama.cpp.
+#pragma once
+
+#include "common.h"
+
+#include <cstddef>
+#include <cstdint>
+
+struct llama_context;
+struct llama_model;
+
+namespace asrkf {
+
+class engine {
+public:
+    virtual ~engine() = default;
+
+    virtual uint64_t freeze_range (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
+    virtual uint64_t restore_range(llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1) = 0;
+    virtual void     pin_range    (llama_context * ctx, int32_t seq_id, int32_t p0, int32_t p1, bool pinned) = 0;
+
+    virtual void     set_prompt_follows(bool follows) = 0;
+    virtual void     set_host_limit(uint64_t limit_bytes) = 0;
+
+    virtual asrkf_config      get_config() const = 0;
+    virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
+    virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
+    virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
+    virtual void   get_rows(llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
+
+    virtual void     set_trace(asrkf_step * buffer, size_t capacity) = 0;
+    virtual uint64_t get_trace_count() const = 0;
+};
+
+// The engine of a context; nullptr if it runs upstream's cache.
+engine * engine_of(llama_context * ctx);
+
+// The same figures for a context that runs upstream's cache: every cell is active.
+asrkf_stats upstream_stats(llama_context * ctx);
+
+// What a calibration side file names its model by.
+std::string model_fingerprint(const llama_model * model);
+
+// Settings for the next context of this thread; nullptr takes them back.
+void set_next_config(const asrkf_config * config);
+
+// Text and status of the last failure on this thread.
+void         set_last_error(const std::string & text, asrkf_status status);
+const char * get_last_error();
+asrkf_status get_last_status();
+
+} // namespace asrkf

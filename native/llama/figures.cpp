@@ -1,0 +1,113 @@
+#include "llama/figures.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace asrkf {
+
+asrkf_stats figures::stats(llama_context * ctx) const {
+    asrkf_stats s = counted;
+    s.struct_size        = sizeof(s);
+    s.policy             = config.policy;
+    s.n_groups           = uint32_t(groups.size());
+    s.pool_cells         = groups.mean_cells([](const group & g) { return g.pool_cells; });
+    s.active_cells       = groups.mean_cells([](const group & g) { return g.cache->n_used(); });
+    s.tokens             = tokens.n_records();
+    s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
+    s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
+    s.device_index_bytes = scored.is_on() ? scored.scoring()->device_bytes() : 0;
+    const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
+    for (const sequence & q : tokens.sequences) {
+        s.outputs_total += q.trigger.count();
+    }
+    s.entropy            = float(trigger.last());
+    s.entropy_mean       = float(trigger.mean());
+    s.entropy_deviation  = float(trigger.deviation());
+    s.host_kv_bytes      = budget.used_bytes;
+    s.host_kv_peak_bytes = budget.peak_bytes;
+    for (const group & g : groups) {
+        s.device_kv_bytes      += g.cache->device_bytes();
+        s.device_staging_bytes += g.mover ? g.mover->staging_bytes() : 0;
+        for (const policy & rule : g.rules) {
+            s.restores_redundant_total += rule.n_redundant();
+        }
+    }
+    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+        s.device_compute_bytes += data.context > 0 ? data.compute : 0;
+    }
+    return s;
+}
+
+asrkf_group_stats figures::group_stats(uint32_t index) const {
+    const group & g = groups.named(index);
+    asrkf_group_stats s = {};
+    s.struct_size         = sizeof(s);
+    s.n_layers            = uint32_t(g.layers.size());
+    s.pool_cells          = g.pool_cells;
+    s.window              = g.rules[0].params.window;
+    s.max_ubatch          = g.rules[0].max_ubatch();
+    s.active_cells        = g.cache->n_used();
+    for (uint32_t id = 0; id < tokens.records.size(); ++id) {
+        const place & p = g.places[id];
+        s.active_copied_cells += p.cell >= 0 && p.slot >= 0;
+        s.frozen_cells        += p.cell < 0 && p.slot >= 0;
+    }
+    s.sliding_window      = g.keeps_window ? config.model.hparams.n_swa : 0;
+    s.token_bytes         = g.mover ? g.mover->token_bytes() : 0;
+    s.device_kv_bytes     = g.cache->device_bytes();
+    return s;
+}
+
+size_t figures::token_states(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const {
+    const sequence & s = tokens.named(seq_id);
+    const group & g = groups.named(index);
+    for (uint32_t i = 0; i < std::min<size_t>(capacity, s.n_tokens()); ++i) {
+        const place & p = g.places[s.records[i]];
+        if (out_pos) {
+            out_pos[i] = tokens.records[s.records[i]].pos;
+        }
+        if (out_state) {
+            const bool active = p.cell >= 0 && g.cache->is_active(uint32_t(p.cell), s.id);
+            out_state[i] = !active ? ASRKF_TOKEN_FROZEN : p.slot < 0 ? ASRKF_TOKEN_ACTIVE : ASRKF_TOKEN_ACTIVE_COPIED;
+        }
+    }
+    return s.n_tokens();
+}
+
+void figures::rows(int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) const {
+    const sequence & s = tokens.named(seq_id);
+    const group & g = groups.named(index);
+    const uint32_t i = tokens.lower_bound(s, pos);
+    if (i == s.n_tokens() || tokens.records[s.records[i]].pos != pos) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("sequence %d has no position %d", seq_id, pos));
+    }
+    if (size != g.mover->token_bytes()) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.mover->token_bytes(), index));
+    }
+    const place & p = g.places[s.records[i]];
+    if (p.cell < 0) {
+        std::memcpy(out, g.store->data(uint32_t(p.slot)), size);
+        return;
+    }
+    const uint32_t cell = uint32_t(p.cell);
+    g.mover->get(&cell, &out, 1);
+}
+
+std::map<ggml_backend_buffer_type_t, size_t> figures::memory_breakdown() const {
+    std::map<ggml_backend_buffer_type_t, size_t> sum;
+    for (const group & g : groups) {
+        for (const auto & [buft, size] : g.cache->memory_breakdown()) {
+            sum[buft] += size;
+        }
+    }
+    if (scored.is_on()) {
+        for (const auto & [buft, size] : scored.scoring()->breakdown()) {
+            sum[buft] += size;
+        }
+    }
+    return sum;
+}
+
+} // namespace asrkf

@@ -1,0 +1,141 @@
+#include "llama/group_cache.h"
+
+#include "common.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-model.h"
+
+#include <algorithm>
+
+namespace asrkf {
+
+std::vector<ggml_tensor *> group_cache::row_tensors() const {
+    std::vector<ggml_tensor *> tensors;
+    for (const auto & layer : layers) {
+        tensors.push_back(layer.k);
+        tensors.push_back(layer.v);
+    }
+    return tensors;
+}
+
+uint64_t group_cache::device_bytes() const {
+    uint64_t n_bytes = 0;
+    for (const auto & [buft, size] : memory_breakdown()) {
+        n_bytes += size;
+    }
+    return n_bytes;
+}
+
+uint32_t group_cache::n_used() const {
+    uint32_t n = 0;
+    for (const auto & cells : v_cells) {
+        n += cells.get_used();
+    }
+    return n;
+}
+
+bool group_cache::take_out(uint32_t cell, uint32_t seq) {
+    const uint32_t stream = cell / get_size(), i = cell % get_size();
+    if (!v_cells[stream].seq_rm(i, llama_seq_id(seq))) {
+        return false;
+    }
+    v_heads[stream] = std::min(v_heads[stream], i); // the lowest free cell is used first: attention costs up to the highest
+    return true;
+}
+
+void group_cache::put_in(uint32_t cell, llama_pos pos, llama_token token) {
+    llama_kv_cell_ext ext;
+    ext.tok = token;
+    v_cells[cell / get_size()].pos_set(cell % get_size(), pos);
+    v_cells[cell / get_size()].ext_set(cell % get_size(), ext);
+}
+
+void group_cache::move_to(uint32_t cell, llama_pos pos) {
+    auto & cells = v_cells[cell / get_size()];
+    const uint32_t i = cell % get_size();
+    const auto sequences = cells.seq_get_all(i);
+    const auto ext = cells.ext_get(i);
+    cells.rm(i);
+    cells.pos_set(i, pos);
+    cells.ext_set(i, ext);
+    for (uint32_t seq = 0; seq < sequences.size(); ++seq) {
+        if (sequences.test(seq)) {
+            cells.seq_add(i, llama_seq_id(seq));
+        }
+    }
+}
+
+std::vector<uint32_t> group_cache::free_cells(size_t n, uint32_t seq) const {
+    std::vector<uint32_t> result;
+    const uint32_t first = stream_of(seq)*get_size();
+    const auto & cells = v_cells[seq_to_stream[seq]];
+    for (uint32_t i = 0; i < cells.size() && result.size() < n; ++i) {
+        if (cells.is_empty(i)) {
+            result.push_back(first + i);
+        }
+    }
+    return result;
+}
+
+llama_kv_cache::slot_info group_cache::find_free(const llama_ubatch & ubatch) const {
+    if (swa_type == LLAMA_SWA_TYPE_NONE) {
+        return find_slot(ubatch, false);
+    }
+    const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1, n = ubatch.n_tokens / n_seqs;
+    slot_info slot = { LLAMA_MAX_SEQ, 0, {}, {} };
+    for (uint32_t i = 0; i < n_seqs; ++i) {
+        const uint32_t seq = uint32_t(ubatch.seq_id_unq[i]), stream = seq_to_stream[seq];
+        slot.s0 = std::min(slot.s0, stream);
+        slot.s1 = std::max(slot.s1, stream);
+        slot.strm.push_back(llama_seq_id(stream));
+        slot.idxs.emplace_back();
+        for (const uint32_t cell : free_cells(n, seq)) {
+            slot.idxs.back().push_back(cell % get_size());
+        }
+        if (slot.idxs.back().size() < n) {
+            return {};
+        }
+    }
+    return slot;
+}
+
+void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const {
+    if (!hparams.has_rope(il) || hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+        return;
+    }
+    const ggml_tensor * k = k_of(il);
+    const int64_t n = int64_t(shifts.size()), n_rot = hparams.n_rot(il), n_head_kv = hparams.n_head_kv(il);
+    ggml_init_params params = { 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+    ggml_context_ptr holder(ggml_init(params));
+    ggml_context * ctx = holder.get();
+    ggml_tensor * all     = ggml_new_tensor_2d(ctx, k->type, k->ne[0], n);
+    ggml_tensor * by      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
+    ggml_tensor * rot     = build_input_k_rot(ctx);
+    ggml_tensor * source  = model.get_rope_factors(cparams, int(il));
+    ggml_tensor * factors = source ? ggml_dup_tensor(ctx, source) : nullptr;
+    ggml_tensor * heads   = ggml_view_3d(ctx, all, n_rot, n_head_kv, n, ggml_row_size(k->type, hparams.n_embd_head_k(il)), all->nb[1], 0);
+    ggml_cgraph * graph   = ggml_new_graph(ctx);
+    ggml_build_forward_expand(graph, build_rope_shift(cparams, ctx, heads, by, rot, factors, model.get_rope_freq_base(cparams, int(il)),
+            model.get_rope_freq_scale(cparams, int(il)), il));
+    ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
+    if (!buffer) {
+        throw error(ASRKF_INTERNAL, "no host memory to rotate keys in");
+    }
+    ggml_backend_tensor_set(all, rows.data(), 0, rows.size());
+    ggml_backend_tensor_set(by, shifts.data(), 0, ggml_nbytes(by));
+    if (rot) {
+        set_input_k_rot(rot);
+    }
+    if (source) {
+        std::vector<uint8_t> bytes(ggml_nbytes(source));
+        ggml_backend_tensor_get(source, bytes.data(), 0, bytes.size());
+        ggml_backend_tensor_set(factors, bytes.data(), 0, bytes.size());
+    }
+    if (ggml_backend_graph_compute(cpu, graph) != GGML_STATUS_SUCCESS) {
+        throw error(ASRKF_MOVE_FAILED, "the keys of shifted positions could not be rotated");
+    }
+    ggml_backend_tensor_get(all, rows.data(), 0, rows.size());
+}
+
+} // namespace asrkf

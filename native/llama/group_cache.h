@@ -1,0 +1,49 @@
+// One group's cells and tensors: upstream's cache, whose cells we may also empty and fill one by one. What is a member of
+// llama_kv_cache and private upstream is used here and nowhere else.
+#pragma once
+
+#include "llama-kv-cache.h"
+
+#include "ggml-backend.h"
+
+#include <vector>
+
+namespace asrkf {
+
+class group_cache final : public llama_kv_cache {
+public:
+    using llama_kv_cache::llama_kv_cache;
+
+    // K and V of each layer; the order defines a token's bytes in the host store
+    std::vector<ggml_tensor *> row_tensors() const;
+    bool          has_layer(uint32_t il) const { return map_layer_ids.count(int32_t(il)) > 0; }
+    ggml_tensor * k_of(uint32_t il) const { return has_layer(il) ? layers[size_t(map_layer_ids.at(int32_t(il)))].k : nullptr; }
+    ggml_tensor * v_of(uint32_t il) const { return has_layer(il) ? layers[size_t(map_layer_ids.at(int32_t(il)))].v : nullptr; }
+    uint64_t      device_bytes() const;
+
+    // Cells are numbered over all streams: tensors hold one stream's cells after the other's.
+    uint32_t n_cells() const { return get_size()*n_stream; }
+    uint32_t n_used() const;
+    uint32_t stream_of(uint32_t seq) const { return seq_to_stream[seq]; }
+    uint32_t cell_at(const slot_info & slot, uint32_t i) const { return slot.strm[i / slot.size()]*get_size() + slot.idxs[i / slot.size()][i % slot.size()]; }
+
+    bool     is_active(uint32_t cell, uint32_t seq) const { return v_cells[cell / get_size()].seq_has(cell % get_size(), llama_seq_id(seq)); }
+    uint32_t n_active(uint32_t cell) const { return uint32_t(v_cells[cell / get_size()].seq_count(cell % get_size())); }
+
+    // Out of a sequence's attention; true if no other has it active, so that the cell is free.
+    bool take_out(uint32_t cell, uint32_t seq);
+    void put_in(uint32_t cell, llama_pos pos, llama_token token);
+    void activate(uint32_t cell, uint32_t seq) { v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq)); }
+    void move_to(uint32_t cell, llama_pos pos); // the row has been rotated already: see rotate()
+
+    // n free cells where this sequence may have them, or fewer.
+    std::vector<uint32_t> free_cells(size_t n, uint32_t seq) const;
+    // find_slot(), but never a cell that is taken: with a sliding window that one gives away what is masked.
+    slot_info find_free(const llama_ubatch & ubatch) const;
+
+    // Rows [n] of layer il's K, as stored, to other positions: upstream's own K-shift (llama_kv_cache::build_graph_shift), on
+    // the host, since most of them may be there. Throws error(ASRKF_MOVE_FAILED or ASRKF_INTERNAL).
+    void rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
+};
+
+} // namespace asrkf

@@ -1,0 +1,256 @@
+#include "llama/layout.h"
+
+#include "llama/calibration.h"
+#include "llama/creation.h"
+#include "llama/refusal.h"
+#include "policy/budgets.h"
+
+#include "llama-impl.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace asrkf {
+
+namespace {
+
+constexpr size_t NODES_OF_A_SCORING_LAYER = 150; // in the graph, at most
+
+[[noreturn]] void invalid(const std::string & text) { throw error(ASRKF_INVALID_ARGUMENT, text); }
+
+uint32_t padded(uint64_t cells) { return uint32_t((cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS); }
+
+uint32_t pinned_at_creation(const settings & config) { return count_positions(parse_positions("pinned", config.pinned)); }
+
+//
+// what is known of the layers
+//
+
+// As measured, or by depth. measured_scorers: who scored best, if that was measured.
+std::vector<layer_budget> budgets_of(const settings & config, const llama_memory_params & params, const std::vector<uint32_t> & layers, std::vector<uint32_t> & measured_scorers) {
+    const auto & hparams = config.model.hparams;
+    std::vector<layer_budget> budgets;
+    for (const uint32_t il : layers) {
+        budgets.push_back({ il, 0, ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)) });
+    }
+    if (!*config.calibration) {
+        for (size_t i = 0; i < layers.size(); ++i) {
+            budgets[i].sensitivity = prior_sensitivity(layers.size() > 1 ? double(i) / double(layers.size() - 1) : 0);
+        }
+        return budgets;
+    }
+    const calibration found = read_calibration(config.calibration);
+    const std::string own = config.no_alloc ? found.fingerprint : fingerprint(config.model); // a trial without memory has no weights to name
+    if (found.fingerprint != own) {
+        invalid(format("calibration=%s was made for another model (%s, this one is %s): run asrkf calibrate on this model", config.calibration,
+                found.fingerprint.c_str(), own.c_str()));
+    }
+    if (found.sensitivities.size() != layers.size()) {
+        invalid(format("calibration=%s has %zu layers, the model has %zu", config.calibration, found.sensitivities.size(), layers.size()));
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        budgets[i].sensitivity = found.sensitivities[i];
+    }
+    measured_scorers = found.score_layers;
+    return budgets;
+}
+
+// As asked for, as measured, or by depth.
+std::vector<uint32_t> choose_scoring_layers(const settings & config, const std::vector<layer_budget> & layers, const std::vector<uint32_t> & measured) {
+    std::vector<uint32_t> chosen = measured.empty() ? default_scoring_layers(layers) : measured;
+    const char * source = "calibration", * text = config.calibration;
+    const bool is_auto = std::strcmp(config.score_layers, "auto") == 0;
+    if (!is_auto) {
+        source = "score_layers", text = config.score_layers;
+        chosen.clear();
+        for (const auto & [from, to] : parse_layers(source, text)) {
+            for (int32_t il = from; il <= to; ++il) {
+                chosen.push_back(uint32_t(il));
+            }
+        }
+    }
+    for (const uint32_t il : chosen) {
+        if (std::none_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; })) {
+            invalid(format("%s=%s: the model has %zu layers with a KV cache, and %u is none of them", source, text, layers.size(), il));
+        }
+    }
+    std::sort(chosen.begin(), chosen.end());
+    chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
+    // llama_context sizes a graph by the model's tensors, with room to spare
+    const size_t most = std::max<size_t>(1024, 8*config.model.n_tensors())/2 / NODES_OF_A_SCORING_LAYER;
+    if (!is_auto && chosen.size() > most) {
+        invalid(format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers, chosen.size(), most));
+    }
+    chosen.resize(std::min(chosen.size(), most));
+    return chosen;
+}
+
+//
+// pools
+//
+
+// Groups as the configuration names them, each with its pool.
+std::vector<group_budget> named_groups(const settings & config, const std::vector<group_spec> & specs, const std::vector<layer_budget> & layers, uint64_t token_bytes) {
+    const auto has_kv = [&](uint32_t il) { return std::any_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; }); };
+    std::vector<group_budget> plans;
+    std::vector<bool> taken(config.model.hparams.n_layer_all, false);
+    for (const group_spec & spec : specs) {
+        plans.emplace_back();
+        for (const auto & [from, to] : spec.layers) {
+            for (int32_t il = from; il <= to; ++il) {
+                const bool known = il < int32_t(taken.size());
+                if (!known || !has_kv(uint32_t(il)) || taken[size_t(il)]) {
+                    invalid(format("layers=%s: layer %d %s", config.layers, il, known && taken[size_t(il)] ? "is in two groups" : "has no KV cache in this model"));
+                }
+                taken[size_t(il)] = true;
+                plans.back().layers.push_back(uint32_t(il));
+            }
+        }
+        asrkf_config own = config;
+        own.pool_cells = spec.pool_cells;
+        plans.back().pool_cells = resolve_pool(own, config.n_ctx, token_bytes);
+    }
+    for (const layer_budget & l : layers) {
+        if (!taken[l.il]) {
+            invalid(format("layers=%s: layer %u is in no group", config.layers, l.il));
+        }
+    }
+    return plans;
+}
+
+// Of all layers, as a mean: cells, part of n_ctx or bytes, of which the index is a part.
+uint32_t mean_pool(const settings & config, uint32_t first_layer, size_t n_scoring_layers, uint64_t token_bytes) {
+    asrkf_config whole = config;
+    if (config.pool_bytes && n_scoring_layers > 0) {
+        const auto & hparams = config.model.hparams;
+        const uint64_t layer_bytes = (config.n_index_rows() + 1)*ggml_row_size(config.index_type(), hparams.n_embd_k_gqa(first_layer)) // and the ring, and alignment
+            + config.n_ring_rows()*hparams.n_embd_head_k(first_layer)*hparams.n_head(first_layer)*sizeof(float) + 1024;
+        const uint64_t index_bytes = n_scoring_layers*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
+        if (config.pool_bytes < least_bytes) {
+            invalid(format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
+                (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));
+        }
+        whole.pool_bytes = config.pool_bytes - index_bytes;
+    }
+    return resolve_pool(whole, config.n_ctx, token_bytes);
+}
+
+std::vector<group_budget> split_pools(const settings & config, const std::vector<layer_budget> & layers, size_t n_scoring_layers) {
+    uint64_t token_bytes = 0;
+    for (const layer_budget & l : layers) {
+        token_bytes += l.token_bytes;
+    }
+    if (const auto specs = parse_groups(config.layers); !specs.empty()) {
+        return named_groups(config, specs, layers, token_bytes);
+    }
+    const uint32_t mean_cells = mean_pool(config, layers[0].il, n_scoring_layers, token_bytes);
+    const std::string mode = config.layers;
+    if (mode == "shared" || mean_cells >= config.n_ctx || layers.size() == 1 || config.is_windowed) { // the graph of a windowed model has room for one group
+        group_budget one = { {}, mean_cells };
+        for (const layer_budget & l : layers) {
+            one.layers.push_back(l.il);
+        }
+        return { one };
+    }
+    // the least that layer_groups::check_pools() takes, with a window of half a pool
+    const uint32_t least_share = 2*(config.sinks + pinned_at_creation(config) + std::min(config.n_ubatch, config.block) + 2*config.block) + config.window;
+    const uint32_t least = config.n_seq_max*(config.unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
+    return mode == "two" ? split_two(layers, mean_cells, least, config.n_ctx) : split_each(layers, mean_cells, least, config.n_ctx);
+}
+
+//
+// groups
+//
+
+group make_group(const settings & config, const asrkf_config & rules, std::vector<uint32_t> layers, uint32_t pool_cells) {
+    group g;
+    g.layers     = std::move(layers);
+    g.pool_cells = pool_cells;
+    g.rules.assign(config.n_seq_max, policy(make_policy_params(rules, config.unified ? pool_cells : pool_cells / config.n_seq_max)));
+    g.n_sealed.assign(config.n_seq_max, 0);
+    return g;
+}
+
+// Each stream's cells are a pool of their own, of whole units.
+uint32_t in_streams(const settings & config, uint32_t pool_cells) {
+    const uint32_t each = pool_cells / config.n_seq_max / POOL_PAD_CELLS * POOL_PAD_CELLS;
+    if (each == 0) {
+        throw error(ASRKF_POOL_FULL, format("pool of %u cells has less than %u for each of %u sequences: raise kv_pool to at least %u, or share one pool (kv_unified, -kvu)",
+                pool_cells, POOL_PAD_CELLS, config.n_seq_max, config.n_seq_max*POOL_PAD_CELLS));
+    }
+    return each*config.n_seq_max;
+}
+
+// Layers with a sliding window see their window only: they are a group that keeps it, whatever the policy. Other tokens are
+// frozen there as well, so that a sequence can be cut back, shifted and saved as a whole.
+group make_windowed_group(const settings & config, const std::vector<group> & others, const std::vector<uint32_t> & layers) {
+    if (state_kind(config.state) == STATE_UPSTREAM) {
+        unsupported("state=upstream: a model with sliding windows keeps two caches there, one of which forgets; use state=own");
+    }
+    if (others.size() > 1) {
+        unsupported(format("layers=%s: a model with sliding windows takes one group, of the layers without: layers=shared, or pool alone", config.layers));
+    }
+    const uint32_t n_window = config.model.hparams.n_swa + config.n_ubatch; // of a step's first token, too
+    const uint32_t share    = n_window + config.n_ubatch + 2*config.block;
+    asrkf_config rules = config;
+    rules.policy = ASRKF_POLICY_WINDOW;
+    rules.score  = SCORE_RECENCY;
+    rules.sinks  = 0;
+    rules.window = n_window;
+    rules.timer_share = 0;
+    const uint32_t all  = padded(config.n_ctx_seq), each = others[0].pool_cells >= config.n_ctx ? all : std::min(all, padded(share));
+    group g = make_group(config, rules, layers, config.unified ? std::min(all, config.n_seq_max*each) : config.n_seq_max*each);
+    g.keeps_window = true;
+    return g;
+}
+
+} // namespace
+
+layout make_layout(const settings & config, const llama_memory_params & params) {
+    const cached_layers cached = layers_with_cache(config, params);
+    std::vector<uint32_t> measured_scorers;
+    const std::vector<layer_budget> layers = budgets_of(config, params, cached.plain, measured_scorers);
+    layout made;
+    if (make_policy_params(config, 1).wants_scores()) {
+        made.scoring_layers = choose_scoring_layers(config, layers, measured_scorers);
+    }
+    for (const group_budget & plan : split_pools(config, layers, made.scoring_layers.size())) {
+        made.groups.push_back(make_group(config, config, plan.layers, config.unified ? plan.pool_cells : in_streams(config, plan.pool_cells)));
+    }
+    if (config.is_windowed) {
+        made.groups.push_back(make_windowed_group(config, made.groups, cached.windowed));
+    }
+    made.group_of_layer.assign(config.model.hparams.n_layer_all, 0);
+    for (size_t ig = 0; ig < made.groups.size(); ++ig) {
+        for (const uint32_t il : made.groups[ig].layers) {
+            made.group_of_layer[il] = uint32_t(ig);
+        }
+    }
+    return made;
+}
+
+ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & config, const llama_memory_params & params, host_budget & budget) {
+    const auto & hparams = config.model.hparams;
+    ggml_backend_buffer_type_t scores_buft = ggml_backend_cpu_buffer_type();
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        group & g = groups[ig];
+        const auto filter = [&](int32_t il) { return groups.of_layer(uint32_t(il)) == ig; };
+        const std::string tag = groups.size() == 1 ? "" : "g" + std::to_string(ig) + "_";
+        g.cache = std::make_unique<group_cache>(config.model, hparams, params.type_k, params.type_v, /*v_trans*/ false, config.cparams.offload_kqv,
+                config.unified, config.unified ? g.pool_cells : groups.floor_cells(g), config.n_seq_max, /*n_pad*/ 1, g.keeps_window ? hparams.n_swa : 0,
+                g.keeps_window ? hparams.swa_type : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
+        if (!config.no_alloc) {
+            g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
+            ggml_backend_dev_t dev = g.mover->is_staged() ? config.model.dev_layer(int(g.layers[0])) : nullptr;
+            ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
+            scores_buft = buft = buft ? buft : ggml_backend_cpu_buffer_type();
+            g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
+        }
+        LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n", __func__,
+                g.keeps_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, config.n_ctx, config.n_seq_max, g.rules[0].params.window,
+                g.rules[0].max_ubatch());
+    }
+    return scores_buft;
+}
+
+} // namespace asrkf

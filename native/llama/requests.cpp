@@ -1,0 +1,127 @@
+#include "llama/requests.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace asrkf {
+
+std::vector<std::vector<uint32_t>> requests::chosen(uint32_t seq, uint32_t begin, uint32_t end, bool frozen) const {
+    std::vector<std::vector<uint32_t>> result(groups.size());
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        for (uint32_t i = begin; i < end && !groups[ig].keeps_window; ++i) {
+            if (groups[ig].rules[seq].is_frozen(i) == frozen) {
+                result[ig].push_back(i);
+            }
+        }
+    }
+    return result;
+}
+
+void requests::check_unprotected(const sequence & s, uint32_t begin, uint32_t end) const {
+    const llama_pos pos_end = tokens.pos_max(s) + 1;
+    for (const group & g : groups) {
+        const policy & rule = g.rules[s.id];
+        for (uint32_t i = begin; i < end && !g.keeps_window; ++i) {
+            if (rule.is_protected(i, pos_end)) {
+                throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
+                        rule.pos(i), rule.params.sinks, pos_end - llama_pos(rule.params.window)));
+            }
+        }
+    }
+}
+
+// Copies in every group, or in none more than before.
+void requests::copy_all_to_host(const std::vector<std::vector<uint32_t>> & ids) {
+    std::vector<std::vector<uint32_t>> copied(groups.size());
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        std::copy_if(ids[ig].begin(), ids[ig].end(), std::back_inserter(copied[ig]), [&](uint32_t id) { return groups[ig].places[id].slot < 0; });
+    }
+    try {
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            moves.reserve_host_room(groups[ig], ids[ig]);
+        }
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            moves.copy_to_host(groups[ig], ids[ig]);
+        }
+    } catch (...) {
+        for (size_t ig = 0; ig < groups.size(); ++ig) {
+            for (const uint32_t id : copied[ig]) {
+                groups[ig].release_copy(id);
+            }
+        }
+        throw;
+    }
+}
+
+uint64_t requests::freeze(int32_t seq_id, int32_t p0, int32_t p1) {
+    const auto [begin, end] = tokens.range(seq_id, p0, p1);
+    const sequence & s = tokens.named(seq_id);
+    check_unprotected(s, begin, end);
+    scored.fold_in();
+    moves.prepare();
+    stopwatch watch(counted.moves_seconds);
+    const std::vector<std::vector<uint32_t>> leaving = chosen(s.id, begin, end, false);
+    std::vector<std::vector<uint32_t>> ids(groups.size());
+    uint64_t n = 0;
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        for (const uint32_t i : leaving[ig]) {
+            ids[ig].push_back(s.records[i]);
+        }
+        n += leaving[ig].size();
+    }
+    copy_all_to_host(ids);
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        moves.freeze(groups[ig], s.id, leaving[ig]);
+        for (uint32_t i = begin; i < end && !groups[ig].keeps_window; ++i) {
+            groups[ig].rules[s.id].set_frozen(i, true, true);
+        }
+    }
+    return n;
+}
+
+uint64_t requests::restore(int32_t seq_id, int32_t p0, int32_t p1) {
+    const auto [begin, end] = tokens.range(seq_id, p0, p1);
+    const uint32_t seq = uint32_t(seq_id);
+    scored.fold_in();
+    moves.prepare();
+    stopwatch watch(counted.moves_seconds);
+    const std::vector<std::vector<uint32_t>> back = chosen(seq, begin, end, true);
+    std::vector<transfers::fetched> got;
+    uint64_t n = 0;
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        got.push_back(moves.fetch(groups[ig], { { seq, back[ig] } }));
+        n += back[ig].size();
+    }
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        moves.make_active(groups[ig], { { seq, back[ig] } }, got[ig]);
+        for (const uint32_t i : back[ig]) {
+            groups[ig].rules[seq].set_frozen(i, false, false);
+        }
+    }
+    counted.restores_request_total += n;
+    return n;
+}
+
+void requests::pin(int32_t seq_id, int32_t p0, int32_t p1, bool pinned) {
+    tokens.range(seq_id, p0, p1); // checks
+    sequence & s = tokens.named(seq_id);
+    if (p1 < 0) { // to the end: of what is there to pin, of everything to unpin
+        p1 = pinned ? std::max(p0, tokens.pos_max(s) + 1) : std::numeric_limits<int32_t>::max();
+    }
+    ranges after = without(s.pinned, p0, p1);
+    if (pinned && p1 > p0) {
+        after.emplace_back(p0, p1);
+    }
+    if (pinned) {
+        groups.check_pools(count_positions(after));
+    }
+    s.pinned = after;
+    const uint32_t begin = tokens.lower_bound(s, p0), end = tokens.lower_bound(s, p1);
+    for (group & g : groups) {
+        for (uint32_t i = begin; i < end && !g.keeps_window; ++i) {
+            g.rules[s.id].set_pinned(i, pinned);
+        }
+    }
+}
+
+} // namespace asrkf

@@ -1,0 +1,202 @@
+#include "llama/scores.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace asrkf {
+
+scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
+        const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft)
+    : config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
+    if (scoring_layers.empty()) {
+        return;
+    }
+    const auto & hparams = config.model.hparams;
+    std::vector<scoring_layer> layers;
+    for (const uint32_t il : scoring_layers) {
+        ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
+        layers.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
+            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type() });
+    }
+    const uint32_t n_rows = config.n_index_rows();
+    scorer = std::make_unique<relevance>(layers, n_rows, config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
+            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, config.no_alloc);
+    arrived.reset(ggml_backend_buft_alloc_buffer(buft, 2*n_rows*sizeof(float)));
+    if (!arrived) {
+        throw error(ASRKF_INTERNAL, "no host memory for the scores");
+    }
+}
+
+void scores::prepare(side_step & step, const std::vector<part> & parts, bool prompt_end) {
+    step.shape = {};
+    if (!scorer) {
+        return;
+    }
+    step.shape.n_tokens = uint32_t(step.records.size());
+    for (const part & p : parts) {
+        std::vector<llama_pos> step_pos;
+        for (const uint32_t i : p.tokens) {
+            step_pos.push_back(tokens.records[step.records[i]].pos);
+        }
+        std::vector<int32_t> kept;
+        tokens.sequences[p.seq].rings.keep(step_pos, kept, step.query_rows);
+        for (const int32_t i : kept) {
+            step.queries.push_back(int32_t(p.tokens[size_t(i)]));
+        }
+    }
+    step.shape.n_written = step.shape.n_tokens;
+    if (config.index_tokens_per_row() > 1) { // as many as a sequence's tokens can fill, or more where there are several
+        std::vector<uint32_t> written;
+        for (const uint32_t id : step.records) {
+            written.push_back((*tokens.index)[id]);
+        }
+        std::sort(written.begin(), written.end());
+        const uint32_t n_distinct = uint32_t(std::unique(written.begin(), written.end()) - written.begin());
+        step.shape.n_written = std::min(std::max(n_distinct, scorer->n_written(step.shape.n_tokens)), worst_shape(step.shape.n_tokens).n_written);
+    }
+    step.shape.n_kept = uint32_t(step.queries.size());
+    if (!step.scored.empty()) {
+        step.shape.prompt_end = prompt_end;
+        step.shape.n_scored   = std::min(scorer->rows(), (tokens.index->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+        step.shape.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
+        step.shape.several    = step.scored.size() > 1;
+    }
+}
+
+branch_shape scores::worst_shape(uint32_t n_tokens) const {
+    const bool     ends   = config.rewalk_tokens >= 2 && groups.first().rules[0].params.recall;
+    const uint32_t n_seqs = std::min(config.n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries)), n_scoring = n_seqs*config.score_queries;
+    branch_shape shape;
+    shape.n_tokens   = n_tokens;
+    shape.n_written  = config.index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + 2*(std::min(n_tokens, config.n_seq_max) - 1);
+    shape.n_kept     = std::min(n_tokens, config.n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
+    shape.n_scored   = scorer->rows();
+    shape.prompt_end = ends && n_scoring < PROMPT_END_QUERIES;
+    shape.n_scoring  = shape.prompt_end ? PROMPT_END_QUERIES : n_scoring;
+    shape.several    = n_seqs > 1 && !shape.prompt_end;
+    return shape;
+}
+
+int scores::place_of(int32_t il) const {
+    for (size_t i = 0; scorer && i < scorer->layers().size(); ++i) {
+        if (scorer->layers()[i].il == uint32_t(il)) {
+            return int(i);
+        }
+    }
+    return -1;
+}
+
+void scores::set_input(const side_step & step, const relevance::branch & branch) {
+    scorer->set_written(branch, *tokens.index, step.records);
+    ggml_backend_tensor_set(branch.queries, step.queries.data(), 0, ggml_nbytes(branch.queries));
+    ggml_backend_tensor_set(branch.query_rows, step.query_rows.data(), 0, ggml_nbytes(branch.query_rows));
+    if (branch.scoring) {
+        std::vector<std::vector<llama_pos>> positions;
+        for (const uint32_t seq : step.scored) {
+            positions.push_back(tokens.positions_of(tokens.sequences[seq]));
+        }
+        std::vector<int32_t>       scoring;
+        std::vector<scoring_query> queries;
+        for (size_t i = 0; i < step.scored.size(); ++i) {
+            const sequence & s = tokens.sequences[step.scored[i]];
+            const std::vector<int32_t> own = s.rings.scoring_rows(branch.shape.prompt_end);
+            scoring.insert(scoring.end(), own.begin(), own.end());
+            for (const int32_t pos : s.rings.positions(branch.shape.prompt_end)) {
+                queries.push_back({ pos, &s.records, &positions[i] });
+            }
+        }
+        ggml_backend_tensor_set(branch.scoring, scoring.data(), 0, ggml_nbytes(branch.scoring));
+        scorer->set_mask(branch, *tokens.index, queries);
+    }
+    running = &branch;
+}
+
+void scores::read_back(llama_context & ctx, const side_step & step) {
+    stopwatch watch(counted.scoring_seconds);
+    ggml_backend_sched_t sched = ctx.get_sched();
+    auto * out = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
+    n_arrived = step.shape.n_scored;
+    for (ggml_tensor * scores : { running->mean, running->peak }) {
+        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, n_arrived*sizeof(float));
+        out += n_arrived;
+    }
+    pending = step.scored;
+}
+
+void scores::fold_in() {
+    if (pending.empty()) {
+        return;
+    }
+    stopwatch watch(counted.scoring_seconds);
+    moves.synchronize();
+    const auto * means = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
+    const float * peaks = means + n_arrived;
+    const float n_scored = float(pending.size());
+    for (const uint32_t seq : pending) {
+        const sequence & s = tokens.sequences[seq];
+        for (group & g : groups) {
+            const float keep = g.rules[seq].average_weight();
+            for (uint32_t i = 0; i < s.n_tokens() && g.rules[seq].params.wants_scores(); ++i) {
+                const uint32_t row = (*tokens.index)[s.records[i]];
+                if (row < n_arrived) { // a token of this very call may be newer
+                    const float share = n_scored / float(tokens.index->tokens_of(row));
+                    g.rules[seq].observe(i, means[row]*share, peaks[row]*share, keep);
+                }
+            }
+        }
+    }
+    pending.clear();
+}
+
+void scores::index_records(const std::vector<uint32_t> & ids) {
+    if (!scorer || ids.empty()) {
+        return;
+    }
+    std::vector<std::vector<uint32_t>> members(tokens.index->n_used()); // of the index rows that change
+    std::vector<bool> changed(members.size(), false);
+    for (const uint32_t id : ids) {
+        changed[(*tokens.index)[id]] = true;
+    }
+    for (uint32_t id = 0; id < tokens.records.size(); ++id) {
+        if (tokens.records[id].users.any() && changed[(*tokens.index)[id]]) {
+            members[(*tokens.index)[id]].push_back(id);
+        }
+    }
+    for (size_t i = 0; i < scorer->layers().size(); ++i) {
+        index_layer(i, members);
+    }
+}
+
+// members: the records of each index row that changes.
+void scores::index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members) {
+    const ggml_type type = config.index_type();
+    const uint32_t  il   = scorer->layers()[i].il;
+    const auto parts = groups.row_parts();
+    const ggml_tensor * k = groups[groups.of_layer(il)].cache->k_of(il);
+    const row_part & part = *std::find_if(parts.begin(), parts.end(), [&](const row_part & p) { return p.tensor == k; });
+    std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0])), stored(part.row_bytes);
+    std::vector<float>   values(size_t(k->ne[0])), sum;
+    for (uint32_t row = 0; row < members.size(); ++row) {
+        if (members[row].empty()) {
+            continue;
+        }
+        sum.assign(values.size(), 0);
+        for (const uint32_t id : members[row]) {
+            moves.read(part, id, stored.data());
+            if (k->type == GGML_TYPE_F32) {
+                std::memcpy(values.data(), stored.data(), part.row_bytes);
+            } else {
+                ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), k->ne[0]);
+            }
+            for (size_t d = 0; d < sum.size(); ++d) {
+                sum[d] += values[d] / float(members[row].size());
+            }
+        }
+        ggml_quantize_chunk(type, sum.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
+        scorer->set_row(i, row, indexed.data());
+    }
+}
+
+} // namespace asrkf

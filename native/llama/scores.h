@@ -1,0 +1,76 @@
+// What the newest queries make of the tokens: the side branch of the model's graph, the index and rings that it reads, and
+// the scores that come back. Scores of a step arrive with its logits and are folded in before the next decision.
+#pragma once
+
+#include "llama/transfers.h"
+#include "scoring/relevance.h"
+
+namespace asrkf {
+
+// What a step brings one sequence.
+struct part {
+    uint32_t              seq;
+    std::vector<uint32_t> tokens; // of the ubatch
+    llama_pos             pos_end;
+};
+
+// A step's side branch.
+struct side_step {
+    branch_shape          shape;
+    std::vector<uint32_t> records;    // of its tokens
+    std::vector<int32_t>  queries;    // which tokens' queries are kept, and where
+    std::vector<int64_t>  query_rows;
+    std::vector<uint32_t> scored;     // the sequences whose queries score
+};
+
+class scores {
+public:
+    // scoring_layers: empty where the policy asks for no scores. buft: where scores are read back to, pinned if the device
+    // offers that. Throws error(ASRKF_INTERNAL) without memory.
+    scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
+            const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft);
+
+    bool is_on() const { return scorer != nullptr; }
+    const relevance * scoring() const { return scorer.get(); }
+
+    // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and whose queries
+    // score. prompt_end: the newest PROMPT_END_QUERIES do.
+    void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
+    // What compute buffers are reserved for.
+    branch_shape worst_shape(uint32_t n_tokens) const;
+
+    // Which of the scoring layers il is, -1: none. They are built in order; the first begins a new graph.
+    int  place_of(int32_t il) const;
+    relevance::branch new_branch(ggml_context * ctx, const branch_shape & shape) const { return scorer->new_branch(ctx, shape); }
+    void build(ggml_context * ctx, ggml_cgraph * gf, int i, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale) const {
+        scorer->build(ctx, gf, *building, size_t(i), q, k_cur, kq_scale);
+    }
+    relevance::branch * building = nullptr; // of the graph that is being built
+
+    void set_input(const side_step & step, const relevance::branch & branch);
+    // Queue the way back of a step's scores.
+    void read_back(llama_context & ctx, const side_step & step);
+    // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
+    // sequences share has what they all want of it.
+    void fold_in();
+    void drop_pending() { pending.clear(); }
+
+    // K rows that no graph of ours has written, from a state, a copy or a shift: into the index.
+    void index_records(const std::vector<uint32_t> & ids);
+
+private:
+    void index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members);
+
+    const settings &           config;
+    layer_groups &             groups;
+    token_table &              tokens;
+    transfers &                moves;
+    counters &                 counted;
+    std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
+    const relevance::branch *  running = nullptr;  // of the graph that runs
+    ggml_backend_buffer_ptr    arrived;            // means, then peaks, [n_arrived] each: never moved, it may still be written
+    uint32_t                   n_arrived = 0;
+    std::vector<uint32_t>      pending;            // the sequences whose scores are there
+};
+
+} // namespace asrkf

@@ -1,0 +1,351 @@
+#include "llama/steps.h"
+
+#include "llama/refusal.h"
+#include "llama/rewalk.h"
+
+#include "llama-context.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace asrkf {
+
+//
+// a batch
+//
+
+steps::split_batch steps::split(llama_batch_allocr & balloc, uint32_t n_ubatch_max) {
+    if (!fault.empty()) {
+        unsupported(fault);
+    }
+    const llama_batch & batch = balloc.get_batch();
+    const std::vector<uint32_t> n_new = new_tokens_of(batch);
+    check_room(n_new, balloc.get_n_tokens());
+    check_host_limit(balloc.get_n_tokens());
+    read_entropy();
+    std::vector<uint32_t> n_after = n_new;
+    for (const sequence & s : tokens.sequences) {
+        n_after[s.id] += s.n_tokens();
+    }
+    groups.share(n_after, tokens.n_records() + balloc.get_n_tokens());
+
+    const uint32_t n_step = longest_step(n_new, n_ubatch_max);
+    balloc.split_reset();
+    split_batch result;
+    const auto next = [&] { return config.unified ? balloc.split_simple(n_step) : balloc.split_equal(n_step, true, 0); };
+    for (llama_ubatch ubatch = next(); ubatch.n_tokens > 0; ubatch = next()) {
+        result.ubatches.push_back(std::move(ubatch));
+    }
+    if (result.ubatches.empty() || balloc.get_n_used() < balloc.get_n_tokens()) {
+        throw error(ASRKF_INVALID_ARGUMENT, "the batch could not be split: tokens that belong to several sequences need one pool for all (kv_unified, -kvu)");
+    }
+    note_outputs(batch, int32_t(balloc.get_n_outputs()));
+    result.has_output = balloc.get_n_outputs() > 0 && !prompt_follows; // in the middle of a prompt there is one only by habit
+    if (!prompt_follows) {
+        if (std::optional<llama_ubatch> again = rewalk_of(result.ubatches, config, groups, tokens)) { // the outputs are those of the second time
+            result.ubatches.back().output[result.ubatches.back().n_tokens - 1] = 0;
+            result.ubatches.push_back(std::move(*again));
+            result.rewalks = true;
+        }
+    }
+    return result;
+}
+
+// By sequence. Throws a sequence's fault, if it has one.
+std::vector<uint32_t> steps::new_tokens_of(const llama_batch & batch) const {
+    std::vector<uint32_t> n_new(config.n_seq_max, 0);
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        for (int32_t j = 0; j < batch.n_seq_id[i]; ++j) {
+            if (const std::string & why = tokens.named(batch.seq_id[i][j]).fault; !why.empty()) {
+                unsupported(why);
+            }
+            n_new[size_t(batch.seq_id[i][j])]++;
+        }
+    }
+    return n_new;
+}
+
+void steps::check_room(const std::vector<uint32_t> & n_new, uint32_t n_batch) const {
+    if (tokens.n_records() + n_batch > config.n_ctx) {
+        throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and %u new ones do not fit into n_ctx %u", tokens.n_records(), n_batch, config.n_ctx));
+    }
+    for (const sequence & s : tokens.sequences) {
+        if (s.n_tokens() + n_new[s.id] > config.n_ctx_seq) {
+            throw error(ASRKF_POOL_FULL, format("context is full: %u tokens of sequence %u and %u new ones do not fit into its %u", s.n_tokens(), s.id, n_new[s.id], config.n_ctx_seq));
+        }
+    }
+}
+
+// Refuse a batch that cannot end within host_limit before its first step: the store needs at least this much.
+void steps::check_host_limit(uint32_t n_new) const {
+    if (!budget.limit_bytes || config.no_alloc) {
+        return;
+    }
+    uint64_t needed_bytes = 0;
+    for (const group & g : groups) {
+        const uint64_t total = uint64_t(tokens.n_records()) + n_new;
+        needed_bytes += (total > g.pool_cells ? total - g.pool_cells : 0)*g.mover->token_bytes();
+    }
+    if (needed_bytes > budget.limit_bytes) {
+        throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes cannot hold what must be frozen for %u more tokens (at least %llu bytes): "
+                "raise host_limit, raise kv_pool, or remove tokens", (unsigned long long) budget.limit_bytes, n_new, (unsigned long long) needed_bytes));
+    }
+}
+
+uint32_t steps::longest_step(const std::vector<uint32_t> & n_new, uint32_t n_ubatch_max) const {
+    uint32_t n_step = n_ubatch_max;
+    for (const group & g : groups) {
+        for (const sequence & s : tokens.sequences) {
+            const uint32_t most = g.rules[s.id].max_ubatch();
+            if (n_new[s.id] > most) {
+                n_step = std::min(n_step, most);
+            }
+        }
+    }
+    return n_step;
+}
+
+// Where each sequence's call begins, and which output row will be its last.
+void steps::note_outputs(const llama_batch & batch, int32_t n_outputs) {
+    for (sequence & s : tokens.sequences) {
+        s.call_begin = -1;
+        s.output     = 0;
+    }
+    for (int32_t i = 0; i < batch.n_tokens; ++i) {
+        sequence & s = tokens.sequences[size_t(batch.seq_id[i][0])];
+        s.call_begin = s.call_begin < 0 ? batch.pos[i] : std::min(s.call_begin, batch.pos[i]);
+        if (batch.logits[i]) {
+            s.output = -n_outputs--;
+        }
+    }
+}
+
+// The entropy of each sequence's last output in the last call, which the caller has had by now, and what it calls for.
+void steps::read_entropy() {
+    if (!std::exchange(output_pending, false) || (config.recovery == RECOVERY_OFF && !trace.buffer)) {
+        return;
+    }
+    stopwatch watch(counted.policy_seconds);
+    moves.synchronize();
+    for (sequence & s : tokens.sequences) {
+        const float * logits = s.output < 0 && s.n_tokens() > 0 ? moves.context()->get_logits_ith(s.output) : nullptr;
+        if (!logits) {
+            continue;
+        }
+        speaker = s.id;
+        switch (s.trigger.observe(entropy_of(logits, size_t(config.model.vocab.n_tokens())), tokens.records[s.records.back()].token)) {
+            case RECOVERY_SOFT:   counted.recoveries_soft_total++;   s.why.ask_for(occasion::soft_reset);   break;
+            case RECOVERY_WINDOW: counted.recoveries_window_total++; s.why.ask_for(occasion::window_reset); break;
+            case RECOVERY_FULL:   counted.recoveries_full_total++;   s.why.ask_for(occasion::full_reset);   break;
+            default:              break;
+        }
+    }
+}
+
+void steps::computed(bool output) {
+    tokens.rewalk_begin = -1;
+    tokens.in_flight.clear();
+    output_pending = output;
+}
+
+//
+// a decision
+//
+
+// Room for what the step brings, in every group, and in the shares of those that have more than theirs.
+void steps::decide_and_move(const std::vector<demand> & wanted) {
+    scored.fold_in();
+    const std::vector<demand> demands = with_shrunk_shares(wanted);
+    plans_by_group plans;
+    for (const bool frugal : { false, true }) {
+        plans = decide(demands, frugal);
+        try {
+            for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
+                std::vector<uint32_t> ids;
+                for (size_t i = 0; i < demands.size(); ++i) {
+                    for (const uint32_t t : plans[ig][i].freeze) {
+                        ids.push_back(tokens.sequences[demands[i].seq].records[t]);
+                    }
+                }
+                moves.reserve_host_room(groups[ig], ids);
+            }
+            break;
+        } catch (const error & e) { // an exchange needs more room than it leaves taken: near the limit, only what must be
+            if (e.status != ASRKF_HOST_LIMIT || frugal) {
+                throw;
+            }
+        }
+    }
+    stopwatch watch(counted.moves_seconds);
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        moves.carry_out(groups[ig], demands, plans[ig]);
+        for (const demand & d : demands) {
+            moves.seal(groups[ig], d.seq, d.pos_end);
+        }
+    }
+}
+
+std::vector<demand> steps::with_shrunk_shares(const std::vector<demand> & wanted) const {
+    std::vector<demand> demands = wanted;
+    for (const sequence & s : tokens.sequences) {
+        const bool in_step = std::any_of(wanted.begin(), wanted.end(), [&](const demand & d) { return d.seq == s.id; });
+        const auto has_too_much = [&](const group & g) { return g.rules[s.id].n_active() > g.rules[s.id].params.pool_cells; };
+        if (!in_step && std::any_of(groups.begin(), groups.end(), has_too_much)) {
+            demands.push_back({ s.id, 0, tokens.pos_max(s) + 1, occasion::step });
+        }
+    }
+    return demands;
+}
+
+steps::plans_by_group steps::decide(const std::vector<demand> & demands, bool frugal) {
+    stopwatch watch(counted.policy_seconds);
+    plans_by_group plans(groups.size());
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        for (const demand & d : demands) {
+            plans[ig].push_back(groups[ig].rules[d.seq].decide(d.n_new, d.pos_end - int32_t(d.n_new), d.why, frugal));
+        }
+    }
+    return plans;
+}
+
+//
+// a step
+//
+
+std::vector<part> steps::parts_of(const llama_ubatch & ubatch) const {
+    std::vector<part> parts;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        for (int32_t j = 0; j < ubatch.n_seq_id[i]; ++j) {
+            const uint32_t seq = uint32_t(ubatch.seq_id[i][j]);
+            auto found = std::find_if(parts.begin(), parts.end(), [&](const part & p) { return p.seq == seq; });
+            if (found == parts.end()) {
+                parts.push_back({ seq, {}, tokens.pos_max(tokens.sequences[seq]) + 1 });
+                found = parts.end() - 1;
+            }
+            found->tokens.push_back(i);
+            found->pos_end = std::max(found->pos_end, ubatch.pos[i] + 1);
+        }
+    }
+    return parts;
+}
+
+std::vector<demand> steps::demands_of(const std::vector<part> & parts) const {
+    std::vector<demand> demands;
+    for (const part & p : parts) {
+        const uint32_t n_new = uint32_t(p.tokens.size());
+        demands.push_back({ p.seq, n_new, p.pos_end, tokens.sequences[p.seq].why.at(p.pos_end - llama_pos(n_new), config.rewalk_tokens) });
+    }
+    return demands;
+}
+
+steps::placed steps::place(const llama_ubatch & ubatch, bool is_first, bool before_rewalk) {
+    const mark before = now();
+    const std::vector<part>   parts   = parts_of(ubatch);
+    const std::vector<demand> demands = demands_of(parts);
+    decide_and_move(demands);
+    for (const demand & d : demands) {
+        tokens.sequences[d.seq].why.decided(d.why, d.pos_end - llama_pos(d.n_new));
+    }
+    placed step;
+    step.slots       = find_slots(ubatch);
+    step.side.scored = sequences_to_score(parts, before_rewalk);
+    book(ubatch, parts, step);
+    scored.prepare(step.side, parts, before_rewalk);
+    counted.scoring_steps_total += !step.side.scored.empty();
+    record(before, ubatch, !step.side.scored.empty(), demands[0].why, is_first ? float(tokens.sequences[parts[0].seq].trigger.last()) : 0);
+    return step;
+}
+
+std::vector<llama_kv_cache::slot_info> steps::find_slots(const llama_ubatch & ubatch) const {
+    std::vector<llama_kv_cache::slot_info> slots;
+    for (const group & g : groups) {
+        slots.push_back(g.cache->find_free(ubatch));
+        if (slots.back().empty()) {
+            throw error(ASRKF_INTERNAL, format("no %u free cells after a decision (%u of %u used)", ubatch.n_tokens, g.cache->n_used(), g.cache->n_cells()));
+        }
+    }
+    return slots;
+}
+
+std::vector<uint32_t> steps::sequences_to_score(const std::vector<part> & parts, bool before_rewalk) const {
+    std::vector<uint32_t> due;
+    for (const part & p : parts) {
+        const auto is_due = [&](const group & g) { return g.rules[p.seq].scores_due(uint32_t(p.tokens.size())); };
+        if (scored.is_on() && (before_rewalk || std::any_of(groups.begin(), groups.end(), is_due))) {
+            due.push_back(p.seq);
+        }
+    }
+    return choose_scored(due, config.score_queries, PROMPT_END_QUERIES);
+}
+
+// The step's tokens are in the books from here on, in flight until it is computed.
+void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, placed & step) {
+    std::vector<uint32_t> & ids = step.side.records;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const std::vector<uint32_t> users(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i]);
+        ids.push_back(tokens.new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, users));
+    }
+    tokens.in_flight = ids;
+    for (uint32_t ig = 0; ig < groups.size(); ++ig) {
+        group & g = groups[ig];
+        g.cache->apply_ubatch(step.slots[ig], ubatch);
+        for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+            g.places[ids[i]] = { int32_t(g.cache->cell_at(step.slots[ig], i)), -1 };
+        }
+        for (const part & p : parts) {
+            const bool scores = std::find(step.side.scored.begin(), step.side.scored.end(), p.seq) != step.side.scored.end();
+            g.rules[p.seq].advance(uint32_t(p.tokens.size()), scores);
+        }
+    }
+}
+
+steps::placed steps::place_rewalk(const llama_ubatch & ubatch) {
+    const mark before = now();
+    sequence & s = tokens.sequences[size_t(ubatch.seq_id[0][0])];
+    const uint32_t n = ubatch.n_tokens, begin = s.n_tokens() - n;
+    tokens.rewalk_begin = ubatch.pos[0]; // from here on a failure takes back this call's tokens only: see sequence_ops::remove()
+    decide_and_move({ { s.id, 0, tokens.pos_max(s) + 1, occasion::prompt_end } });
+    placed step;
+    step.side.records.assign(s.records.begin() + begin, s.records.end());
+    for (group & g : groups) {
+        step.slots.push_back(cells_again(g, s, step.side.records));
+        g.unseal(s.id, begin, config.block);
+    }
+    part again = { s.id, std::vector<uint32_t>(n), 0 };
+    std::iota(again.tokens.begin(), again.tokens.end(), 0);
+    scored.prepare(step.side, { again }, false);
+    counted.rewalks_total++;
+    counted.rewalked_tokens_total += n;
+    record(before, ubatch, false, occasion::prompt_end, 0);
+    return step;
+}
+
+// The cells of these records, whose host copies end here: their rows are about to change.
+llama_kv_cache::slot_info steps::cells_again(group & g, const sequence & s, const std::vector<uint32_t> & ids) const {
+    for (const uint32_t id : ids) {
+        if (g.places[id].cell < 0) {
+            throw error(ASRKF_INTERNAL, format("position %d of the window is not in the pool", tokens.records[id].pos));
+        }
+    }
+    const uint32_t stream = g.cache->stream_of(s.id);
+    llama_kv_cache::slot_info slot = { stream, stream, { llama_seq_id(stream) }, { {} } };
+    for (const uint32_t id : ids) {
+        slot.idxs[0].push_back(uint32_t(g.places[id].cell) % g.cache->get_size());
+        g.release_copy(id);
+    }
+    return slot;
+}
+
+void steps::record(const mark & before, const llama_ubatch & ubatch, bool scores, occasion why, float entropy) {
+    if (trace.buffer) {
+        asrkf_step step = { counted.steps_total, ubatch.pos[0], ubatch.n_tokens, 0, 0, uint32_t(counted.freezes_total - before.freezes),
+            uint32_t(counted.n_restores() - before.restores), scores, uint32_t(why), entropy, float(counted.policy_seconds - before.policy_seconds),
+            float(counted.moves_seconds - before.moves_seconds) };
+        step.active_cells = groups.mean_cells([](const group & g) { return g.cache->n_used(); });
+        step.frozen_cells = tokens.n_records() - std::min(tokens.n_records(), step.active_cells);
+        trace.buffer[trace.count++ % trace.capacity] = step;
+    }
+    counted.steps_total++;
+}
+
+} // namespace asrkf

@@ -1,0 +1,227 @@
+#include "scoring/relevance.h"
+
+#include "ggml-alloc.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace asrkf {
+
+namespace {
+
+// Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
+ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
+    const auto part = [&](ggml_tensor * x, int64_t begin, int64_t n) {
+        return ggml_view_3d(ctx, x, x->ne[0], n, x->ne[2], x->nb[1], x->nb[2], size_t(begin)*x->nb[1]);
+    };
+    const auto join = [&](ggml_tensor * a, ggml_tensor * b) {
+        return maximum ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, a, b)), b) : ggml_add(ctx, a, b); // max(a, b) = relu(a - b) + b
+    };
+    ggml_tensor * rest = nullptr;
+    while (t->ne[1] > 1) {
+        const int64_t half = t->ne[1] / 2;
+        if (t->ne[1] % 2) {
+            ggml_tensor * last = part(t, t->ne[1] - 1, 1);
+            rest = rest ? join(rest, last) : last;
+        }
+        t = join(part(t, 0, half), part(t, half, half));
+    }
+    return rest ? join(t, rest) : t;
+}
+
+} // namespace
+
+relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
+        score_kind kind, float soft_cap, bool no_alloc)
+    : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_ring_rows(n_ring_rows), kind(kind), soft_cap(soft_cap), states(layers.size()) {
+    std::vector<ggml_backend_buffer_type_t> bufts;
+    for (const scoring_layer & l : specs) {
+        if (l.head % ggml_blck_size(type) != 0) {
+            throw error(ASRKF_UNSUPPORTED, format("index type %s has blocks of %d, which do not divide the head size %d of layer %u: use index=f16",
+                    ggml_type_name(type), int(ggml_blck_size(type)), int(l.head), l.il));
+        }
+        if (std::find(bufts.begin(), bufts.end(), l.buft) == bufts.end()) {
+            bufts.push_back(l.buft);
+        }
+    }
+    for (ggml_backend_buffer_type_t buft : bufts) {
+        ggml_init_params params = { 2*specs.size()*ggml_tensor_overhead(), nullptr, true };
+        contexts.emplace_back(ggml_init(params));
+        for (size_t i = 0; i < specs.size(); ++i) {
+            if (specs[i].buft == buft) {
+                states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
+                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_ring_rows);
+            }
+        }
+        size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
+        if (no_alloc) { // an empty buffer keeps a scheduler from placing them itself, as llama_kv_cache does
+            buffers.emplace_back(ggml_backend_buft_alloc_buffer(buft, 0));
+            for (ggml_tensor * t = ggml_get_first_tensor(contexts.back().get()); t; t = ggml_get_next_tensor(contexts.back().get(), t)) {
+                t->buffer = buffers.back().get();
+            }
+        } else {
+            buffers.emplace_back(ggml_backend_alloc_ctx_tensors_from_buft(contexts.back().get(), buft));
+            if (!buffers.back()) {
+                throw error(ASRKF_INTERNAL, format("no %zu bytes for the index on %s: lower kv_pool, or name fewer score_layers", size, ggml_backend_buft_name(buft)));
+            }
+            ggml_backend_buffer_clear(buffers.back().get(), 0); // no NaN from a row that was never written
+            size = ggml_backend_buffer_get_size(buffers.back().get());
+        }
+        sizes.emplace_back(buft, size);
+        n_bytes += size;
+    }
+}
+
+void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
+    ggml_tensor * index = states[i].index;
+    ggml_backend_tensor_set(index, bytes, row*index->nb[1], index->nb[1]);
+}
+
+relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape & shape) const {
+    const auto input = [&](ggml_tensor * t) {
+        ggml_set_input(t);
+        return t;
+    };
+    branch b;
+    b.shape      = shape;
+    b.rows       = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, shape.n_written));
+    b.queries    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_kept));
+    b.query_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, shape.n_kept));
+    if (is_mean()) {
+        b.read_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_written));
+        b.keep      = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, shape.n_written));
+        b.weights   = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_tokens, shape.n_written));
+    }
+    if (shape.n_scored > 0) {
+        b.scoring = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring));
+        if (kind == SCORE_ATTENTION || shape.several) {
+            b.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring));
+        }
+    }
+    return b;
+}
+
+// A mean of c tokens, m of them written by this step, is (1 - m/c) of what it was and 1/c of each: exact for tokens that come
+// in order. What is written again (rewalk), or follows a cut within a block, leaves the old keys a share.
+void relevance::set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const {
+    std::vector<int64_t> written;
+    if (!is_mean()) {
+        for (const uint32_t r : records) {
+            written.push_back(index[r]);
+        }
+        ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
+        return;
+    }
+    const size_t n = records.size(), n_most = b.shape.n_written;
+    std::vector<float> keep(n_most, 0), weights(n*n_most, 0);
+    for (size_t i = 0; i < n; ++i) {
+        const int64_t row = index[records[i]];
+        const size_t  at  = size_t(std::find(written.begin(), written.end(), row) - written.begin());
+        if (at == n_most) {
+            continue; // after cuts within blocks a rewalk may meet more of them: those keep their means
+        }
+        if (at == written.size()) {
+            keep[at] = 1;
+            written.push_back(row);
+        }
+        const float share = 1.0f / float(index.tokens_of(uint32_t(row)));
+        keep[at] -= share;
+        weights[at*n + i] = share;
+    }
+    written.resize(n_most, n_rows);
+    const std::vector<int32_t> read(written.begin(), written.end());
+    ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
+    ggml_backend_tensor_set(b.read_rows, read.data(), 0, ggml_nbytes(b.read_rows));
+    ggml_backend_tensor_set(b.keep, keep.data(), 0, ggml_nbytes(b.keep));
+    ggml_backend_tensor_set(b.weights, weights.data(), 0, ggml_nbytes(b.weights));
+}
+
+void relevance::set_mask(const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const {
+    if (!b.mask) {
+        return;
+    }
+    const uint32_t n_scored = b.shape.n_scored;
+    std::vector<float> mask(size_t(n_scored)*queries.size(), 0);
+    for (size_t q = 0; q < queries.size(); ++q) {
+        float * seen = mask.data() + q*n_scored;
+        const auto & [pos, records, positions] = queries[q];
+        for (size_t i = 0; i < records->size() && (kind == SCORE_MAGNITUDE || (*positions)[i] <= pos); ++i) {
+            const uint32_t row = index[(*records)[i]];
+            if (row < n_scored) {
+                seen[row] += 1;
+            }
+        }
+        for (uint32_t row = 0; row < n_scored; ++row) {
+            if (kind == SCORE_MAGNITUDE) {
+                seen[row] = seen[row] > 0;
+            } else {
+                seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
+            }
+        }
+        if (kind == SCORE_ATTENTION) { // a query that is gone sees the first token: a row must not be empty
+            float & first = seen[std::min(n_scored - 1, index[records->front()])];
+            first = std::max(first, 0.0f);
+        }
+    }
+    ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
+}
+
+void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
+    const scoring_layer & l = specs[i];
+    const auto rows_of = [&](ggml_tensor * t) {
+        return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]) : ggml_cont_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]);
+    };
+    k = rows_of(k);
+    q = ggml_get_rows(ctx, rows_of(q), b.queries);
+    if (is_mean()) {
+        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, b.read_rows), b.keep);
+        k = ggml_add(ctx, kept, ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights));
+    }
+    ggml_tensor * index = ggml_set_rows(ctx, states[i].index, k, b.rows);
+    ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
+    ggml_build_forward_expand(gf, index);
+    ggml_build_forward_expand(gf, ring);
+    b.n_built++;
+    if (b.shape.n_scored == 0) {
+        return;
+    }
+
+    const bool    prompt_end = b.shape.prompt_end;
+    const int64_t n = b.shape.n_scored, n_scoring = b.shape.n_scoring;
+    index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
+    // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
+    ring  = ggml_get_rows(ctx, ring, b.scoring);
+    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));
+    ring  = ggml_reshape_3d(ctx, ring, l.head, n_scoring*(l.n_head/l.n_head_kv), l.n_head_kv);
+    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_scoring, l.n_head);
+    if (kind == SCORE_MAGNITUDE) {
+        kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
+        kq = b.mask ? ggml_mul(ctx, kq, b.mask) : kq;
+    } else {
+        float scale = kq_scale;
+        if (soft_cap > 0) {
+            kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / soft_cap)), soft_cap);
+            scale = 1;
+        }
+        kq = ggml_soft_max_ext(ctx, kq, b.mask, scale, 0.0f);
+    }
+    // at a prompt's end any word of a question may be the one that asks; over steps a head that asks for long: what a single
+    // query asks for would bounce
+    ggml_tensor * heads = ggml_reshape_2d(ctx, fold(ctx, kq, false), n, l.n_head);
+    ggml_tensor * mean  = fold(ctx, heads, false);
+    ggml_tensor * peak  = prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
+                                       : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(n_scoring));
+
+    // expanded here, so that a layer's branch runs beside its attention and its memory is free again
+    mean   = ggml_scale(ctx, mean, 1.0f / float(n_scoring*l.n_head*int64_t(specs.size())));
+    b.mean = b.mean ? ggml_add(ctx, b.mean, mean) : mean;
+    b.peak = b.peak ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, b.peak, peak)), peak) : peak;
+    ggml_build_forward_expand(gf, b.mean);
+    ggml_build_forward_expand(gf, b.peak);
+    if (b.n_built == specs.size()) {
+        ggml_set_output(b.mean);
+        ggml_set_output(b.peak);
+    }
+}
+
+} // namespace asrkf

@@ -1,0 +1,117 @@
+// Relevance: which tokens the newest queries attend to, computed in the model's own graph from ggml ops, so that every
+// backend has it. Knows ggml only.
+//
+// Scoring layers keep two things on the device beside the pool: an index of the whole sequence, frozen or not, and the
+// newest queries. Each step writes its rows; a scoring step adds the attention of the kept queries over the whole index.
+// So frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
+// the index once. Where a prompt ends more queries score: a question is longer than a few tokens, and any of its words
+// may be the one that asks. The index holds
+// - exact: the K row of every token in a small type;
+// - mean_key: one row for a block of tokens, the mean of their K rows, in F16. Its attention is the block's: a logit
+//   counts as often as the block has tokens.
+#pragma once
+
+#include "common.h"
+#include "scoring/index_rows.h"
+#include "scoring/query_rings.h"
+
+#include "ggml-backend.h"
+#include "ggml-cpp.h"
+#include "ggml.h"
+
+#include <cstdint>
+#include <vector>
+
+namespace asrkf {
+
+struct scoring_layer {
+    uint32_t                   il;
+    int64_t                    head; // elements of one head's key
+    int64_t                    n_head;
+    int64_t                    n_head_kv;
+    ggml_backend_buffer_type_t buft; // where the layer's cache is
+};
+
+// A query that scores, and the sequence that it sees: positions ascend.
+struct scoring_query {
+    int32_t                       pos; // -1: it is gone
+    const std::vector<uint32_t> * records;
+    const std::vector<int32_t>  * positions;
+};
+
+// The shape of one graph's branch.
+struct branch_shape {
+    uint32_t n_tokens   = 0;
+    uint32_t n_written  = 0;     // index rows
+    uint32_t n_kept     = 0;     // queries
+    uint32_t n_scored   = 0;     // index rows that are scored, 0 in a graph that only writes
+    uint32_t n_scoring  = 0;     // by so many queries
+    bool     prompt_end = false; // which are those of a prompt's end
+    bool     several    = false; // sequences: each query sees its own
+    bool operator==(const branch_shape & o) const {
+        return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept && n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end && several == o.several;
+    }
+};
+
+class relevance {
+public:
+    // n_ring_rows: of queries, all sequences together. soft_cap: of the attention logits, 0 for none. no_alloc: sizes only.
+    // Throws error(ASRKF_UNSUPPORTED) if the type does not divide a head, error(ASRKF_INTERNAL) without memory. With more
+    // than one token a row, rows are means of keys.
+    relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
+            score_kind kind, float soft_cap, bool no_alloc);
+
+    const std::vector<scoring_layer> & layers() const { return specs; }
+    size_t   device_bytes() const { return n_bytes; }
+    uint32_t rows() const { return n_rows; }
+    const std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> & breakdown() const { return sizes; }
+
+    // Index rows that a step writes which gives a sequence so many tokens: it may begin and end within a block.
+    uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
+
+    // One graph's inputs and outputs.
+    struct branch {
+        branch_shape  shape;
+        ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
+        ggml_tensor * read_rows  = nullptr;  // I32 [n_written]: the same rows, where a row is a mean
+        ggml_tensor * keep       = nullptr;  // F32 [1, n_written]: part of a mean that stays
+        ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
+        ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
+        ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
+        ggml_tensor * scoring    = nullptr;  // I32 [n_scoring]: rows of the rings that score
+        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
+        ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
+        ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
+        uint32_t      n_built    = 0;
+    };
+    branch new_branch(ggml_context * ctx, const branch_shape & shape) const;
+    // What the branch writes for these records, one for each of the step's tokens (rows, read_rows, keep, weights), and what
+    // it masks.
+    void set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const;
+    void set_mask   (const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const;
+
+    // Add scoring layer i: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache sees
+    // them. Layers in order; the last one completes the outputs.
+    void build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const;
+
+    void set_row(size_t i, uint32_t row, const void * bytes); // of scoring layer i: a key in the index type
+
+private:
+    struct state { ggml_tensor * index; ggml_tensor * ring; };
+
+    bool is_mean() const { return tokens_per_row > 1; }
+
+    const std::vector<scoring_layer>     specs;
+    const uint32_t                       n_rows;
+    const uint32_t                       tokens_per_row;
+    const uint32_t                       n_ring_rows;
+    const score_kind                     kind;
+    const float                          soft_cap;
+    std::vector<ggml_context_ptr>        contexts;
+    std::vector<ggml_backend_buffer_ptr> buffers;
+    std::vector<state>                   states; // by scoring layer
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
+    size_t                               n_bytes = 0;
+};
+
+} // namespace asrkf
