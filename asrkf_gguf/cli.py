@@ -15,9 +15,7 @@ from . import _native, bench, calibrate
 from .config import DEFAULT_POOL, POLICIES, FreezeConfig, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
-from .stats import KVStats
-
-MIB = 1 << 20
+from .stats import MIB, KVStats
 
 
 def pool_size(text: str) -> PoolSize:

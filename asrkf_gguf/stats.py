@@ -8,6 +8,8 @@ from typing import Any
 from . import _native
 from .config import POLICIES
 
+MIB = 1 << 20
+
 
 @dataclass(frozen=True)
 class GroupStats:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from asrkf_gguf import KVStats, Llama, resolve_model
 from asrkf_gguf.cli import pool_size, prompt_progress
+from asrkf_gguf.stats import MIB
 from asrkf_gguf.texts import topics
 
-MIB = 1 << 20
 N_CTX = 8192
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from asrkf_gguf import bench, texts
-from asrkf_gguf.bench import Side
+from asrkf_gguf import bench, divergence, texts
+from asrkf_gguf.bench import measure, needles, quality, records, sides
+from asrkf_gguf.bench.sides import Side
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
 
@@ -18,38 +19,38 @@ GPL = Path("/usr/share/common-licenses/GPL-3")
 # arithmetic
 
 def test_log_softmax_sums_to_one_also_for_large_logits():
-    assert np.exp(bench.log_softmax(np.array([1000.0, 1001.0, -1000.0], dtype=np.float32))).sum() == pytest.approx(1)
+    assert np.exp(divergence.log_softmax(np.array([1000.0, 1001.0, -1000.0], dtype=np.float32))).sum() == pytest.approx(1)
 
 
 def test_kl_divergence_is_that_of_the_distributions_by_hand():
     reference, other = np.log([0.5, 0.25, 0.25]), np.log([0.25, 0.5, 0.25])
-    assert bench.kl_divergence(reference, other) == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
-    assert bench.kl_divergence(reference, reference) == 0
+    assert divergence.kl_divergence(reference, other) == pytest.approx(0.5 * np.log(2) - 0.25 * np.log(2))
+    assert divergence.kl_divergence(reference, reference) == 0
     with np.errstate(divide="ignore"):
         certain = np.log([1.0, 0.0, 0.0])
-    assert bench.kl_divergence(certain, other) == pytest.approx(np.log(4))
+    assert divergence.kl_divergence(certain, other) == pytest.approx(np.log(4))
 
 
 def test_half_precision_of_the_stored_reference_hardly_moves_the_divergence():
     dice = np.random.default_rng(7)
     logits = 3 * dice.standard_normal(5000)
-    exact = bench.log_softmax(logits)
-    stored = bench.log_softmax(exact.astype(np.float16).astype(np.float64))
-    assert 0 <= bench.kl_divergence(stored, exact) < 1e-5
-    near = bench.log_softmax(logits + 0.1 * dice.standard_normal(5000))
-    assert bench.kl_divergence(stored, near) == pytest.approx(bench.kl_divergence(exact, near), rel=0.02)
+    exact = divergence.log_softmax(logits)
+    stored = divergence.log_softmax(exact.astype(np.float16).astype(np.float64))
+    assert 0 <= divergence.kl_divergence(stored, exact) < 1e-5
+    near = divergence.log_softmax(logits + 0.1 * dice.standard_normal(5000))
+    assert divergence.kl_divergence(stored, near) == pytest.approx(divergence.kl_divergence(exact, near), rel=0.02)
 
 
 def test_the_paired_error_is_of_the_difference_and_not_of_the_two_losses():
     reference = np.array([1.0, 5.0, 2.0, 8.0])
-    figures = bench.summarise(reference, reference + np.array([0.1, 0.3, 0.1, 0.3]), np.array([0.0, 0.1, 0.2, 0.3]), np.array([1, 1, 1, 0]))
+    figures = measure.summarise(reference, reference + np.array([0.1, 0.3, 0.1, 0.3]), np.array([0.0, 0.1, 0.2, 0.3]), np.array([1, 1, 1, 0]))
     ratio = np.exp(0.2)
     assert figures["ppl"] == pytest.approx(np.exp(4.2))
     assert figures["ppl_ratio"] == pytest.approx(ratio)
     assert figures["ppl_ratio_se"] == pytest.approx(ratio * np.std([0.1, 0.3, 0.1, 0.3], ddof=1) / 2)
     assert figures["kl_mean"] == pytest.approx(0.15)
     assert figures["top1_ratio"] == 0.75
-    assert bench.summarise(reference, reference + 0.2, reference, reference > 0)["ppl_ratio_se"] == pytest.approx(0)
+    assert measure.summarise(reference, reference + 0.2, reference, reference > 0)["ppl_ratio_se"] == pytest.approx(0)
 
 
 def test_lines_pool_the_newest_row_of_each_text_in_order_of_device_bytes():
@@ -57,7 +58,7 @@ def test_lines_pool_the_newest_row_of_each_text_in_order_of_device_bytes():
         return {"length": "4096", "side": side, "text": text, "kl_mean": kl, "device_bytes": device_bytes, "ppl_ratio": "1.1", "top1_ratio": "0.9"}
 
     big = [row("big", "novel", "9", "200"), row("big", "novel", "1", "200"), row("big", "essay", "3", "200")]
-    lines = bench.pooled([*big, row("small", "novel", "4", "100")])
+    lines = quality.pooled([*big, row("small", "novel", "4", "100")])
     assert [line["side"] for line in lines] == ["small", "big"]
     assert lines[1]["kl"] == 2 and lines[1]["worst"] == "essay" and lines[1]["ppl_ratio"] == pytest.approx(1.1)
 
@@ -65,13 +66,13 @@ def test_lines_pool_the_newest_row_of_each_text_in_order_of_device_bytes():
 # sides
 
 def test_a_side_is_its_policy_pool_and_type():
-    side = bench.parse_side("mine=asrkf,ema=0.7,pool=0.33;type=q8_0", "0.5")
+    side = sides.parse_side("mine=asrkf,ema=0.7,pool=0.33;type=q8_0", "0.5")
     assert side == Side("mine", "asrkf,ema=0.7", "0.33", "q8_0")
     assert side.is_pooled and side.cells(4096) == 1280 and side.n_ctx(4000) == 4096
-    assert bench.parse_side("asrkf", "0.5") == Side("asrkf", "asrkf", "0.5")
-    short = bench.parse_side("short=full,pool=1024;ctx=pool", "0.5")
+    assert sides.parse_side("asrkf", "0.5") == Side("asrkf", "asrkf", "0.5")
+    short = sides.parse_side("short=full,pool=1024;ctx=pool", "0.5")
     assert not short.is_pooled and short.n_ctx(4096) == 1024
-    assert bench.parse_side("n_ctx=pool", "0.5").n_ctx(4096) == 2048
+    assert sides.parse_side("n_ctx=pool", "0.5").n_ctx(4096) == 2048
     assert Side("bytes", "asrkf", "45MiB").cells(4096) == "45MiB"
 
 
@@ -83,7 +84,7 @@ def test_a_side_is_its_policy_pool_and_type():
 ])  # fmt: skip
 def test_a_malformed_side_is_refused_with_the_remedy(text, reason):
     with pytest.raises(ValueError, match=reason):
-        bench.parse_side(text, "0.33")
+        sides.parse_side(text, "0.33")
 
 
 def test_a_pool_larger_than_the_length_is_no_part_of_it():
@@ -92,15 +93,15 @@ def test_a_pool_larger_than_the_length_is_no_part_of_it():
 
 
 def test_the_reference_is_always_there_and_names_are_unique():
-    assert bench.chosen_sides(argparse.Namespace(side=["paper"], pool="0.33"))[0] == bench.REFERENCE
+    assert sides.chosen_sides(argparse.Namespace(side=["paper"], pool="0.33"))[0] == sides.REFERENCE
     with pytest.raises(ValueError, match="given twice"):
-        bench.chosen_sides(argparse.Namespace(side=["full-f16=asrkf,pool=512"], pool="0.33"))
+        sides.chosen_sides(argparse.Namespace(side=["full-f16=asrkf,pool=512"], pool="0.33"))
 
 
 def test_a_pooled_side_that_froze_nothing_ends_the_run():
     with pytest.raises(SystemExit, match="froze nothing"):
-        bench.require_frozen(Side("mine", "asrkf", "0.5"), 512, {"frozen_cells": 0, "pool_cells": 512})
-    bench.require_frozen(bench.REFERENCE, 512, {"frozen_cells": 0})
+        sides.require_frozen(Side("mine", "asrkf", "0.5"), 512, {"frozen_cells": 0, "pool_cells": 512})
+    sides.require_frozen(sides.REFERENCE, 512, {"frozen_cells": 0})
 
 
 def test_every_option_of_the_command_line_can_be_read():
@@ -116,30 +117,30 @@ def test_every_option_of_the_command_line_can_be_read():
 
 def test_a_row_is_appended_once_and_found_again_by_a_later_run(tmp_path):
     path = tmp_path / "results" / "rows.csv"
-    table = bench.Table(path, ["side", "run"])
+    table = records.Table(path, ["side", "run"])
     table.add({"side": "one", "run": "a"})
-    later = bench.Table(path, ["side", "run"])
+    later = records.Table(path, ["side", "run"])
     later.add({"side": "one", "run": "a"})
     later.add({"side": "two", "run": "b"})
     assert later.find("a")["side"] == "one" and later.find("c") is None
     with path.open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["a", "b"]
-    bench.Table(path, ["side", "run"], again=True).add({"side": "new", "run": "a"})
-    assert bench.Table(path, ["side", "run"]).find("a")["side"] == "new"
+    records.Table(path, ["side", "run"], again=True).add({"side": "new", "run": "a"})
+    assert records.Table(path, ["side", "run"]).find("a")["side"] == "new"
 
 
 def test_rows_of_another_version_are_not_mixed(tmp_path):
-    bench.Table(tmp_path / "rows.csv", ["side", "run"])
+    records.Table(tmp_path / "rows.csv", ["side", "run"])
     with pytest.raises(ValueError, match="--out"):
-        bench.Table(tmp_path / "rows.csv", ["side", "more", "run"])
+        records.Table(tmp_path / "rows.csv", ["side", "more", "run"])
 
 
 def test_a_record_keeps_every_position(tmp_path):
-    measured = bench.Measured(np.array([1.0, 2.0]), np.array([0.1, 0.2]), np.array([True, False]), 0.01, 5, 2, 0, {})
+    measured = measure.Measured(np.array([1.0, 2.0]), np.array([0.1, 0.2]), np.array([True, False]), 0.01, 5, 2, 0, {})
     path = tmp_path / "run.npz"
-    assert bench.load_record(path) is None
-    bench.save_record(path, measured, {"side": "mine"})
-    record = bench.load_record(path)
+    assert records.load_record(path) is None
+    records.save_record(path, measured, {"side": "mine"})
+    record = records.load_record(path)
     assert record["row"] == {"side": "mine"}
     for name in ("nll", "kl", "agree"):
         assert (record[name] == getattr(measured, name)).all()
@@ -151,9 +152,9 @@ def test_a_run_is_named_by_what_decides_it_and_not_by_its_side_s_name(tmp_path):
     model.write_bytes(b"GGUF")
     arguments = argparse.Namespace(model=model)
     side = Side("mine", "asrkf", "0.33")
-    assert bench.run_key(side, 4096, arguments, text="x") == bench.run_key(Side("other", "asrkf", "0.33"), 4096, arguments, text="x")
-    keys = {bench.run_key(side, length, arguments, text=text) for length in (2048, 4096) for text in ("x", "y")}
-    assert len(keys | {bench.run_key(Side("mine", "asrkf", "0.33", "q8_0"), 4096, arguments, text="x")}) == 5
+    assert records.run_key(side, 4096, arguments, text="x") == records.run_key(Side("other", "asrkf", "0.33"), 4096, arguments, text="x")
+    keys = {records.run_key(side, length, arguments, text=text) for length in (2048, 4096) for text in ("x", "y")}
+    assert len(keys | {records.run_key(Side("mine", "asrkf", "0.33", "q8_0"), 4096, arguments, text="x")}) == 5
 
 
 class FakeLlama:
@@ -210,10 +211,12 @@ def bench_command(tmp_path, monkeypatch):
     model, text = tmp_path / "model.gguf", tmp_path / "text.txt"
     model.write_bytes(b"GGUF")
     text.write_text("".join(f"This is the sentence {i} of a text. " for i in range(2000)))
-    stats = dict.fromkeys((*bench.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
-    monkeypatch.setattr(bench, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(bench, "open_side", FakeLlama)
-    monkeypatch.setattr(bench, "read_counters", lambda llm: {**stats, "device_bytes": 7, "rewalks_total": 0})
+    stats = dict.fromkeys((*quality.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
+    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
+    for module in (quality, needles):
+        monkeypatch.setattr(module, "open_side", FakeLlama)
+    for module in (measure, needles):
+        monkeypatch.setattr(module, "read_counters", lambda llm: {**stats, "device_bytes": 7, "rewalks_total": 0})
 
     def run(*words):
         parser = argparse.ArgumentParser()
@@ -285,16 +288,16 @@ def test_paragraphs_of_a_page_come_without_navigation():
 
 @pytest.mark.parametrize("task", texts.NEEDLE_TASKS)
 def test_every_answer_is_hidden_once_it_is_asked_for_and_not_in_its_question(task):
-    needles = texts.make_needles(task, 10)
-    assert needles == texts.make_needles(task, 10)
-    assert sum(len(needle.questions) for needle in needles) == 10
-    for needle in needles:
+    made = texts.make_needles(task, 10)
+    assert made == texts.make_needles(task, 10)
+    assert sum(len(needle.questions) for needle in made) == 10
+    for needle in made:
         text = needle.hide("The grass is green. " * 200)
         for _, sentence in needle.sentences:
             assert sentence in text
         for question, stem, answer in needle.questions:
-            assert f"{stem} {answer}" in text and not bench.is_found(answer, f"{question} {stem}")
-    depths = [needle.sentences[0][0] for needle in needles]
+            assert f"{stem} {answer}" in text and not texts.is_found(answer, f"{question} {stem}")
+    depths = [needle.sentences[0][0] for needle in made]
     assert max(depths) <= (0.1 if task == "early-fact" else 0.9)
 
 
@@ -332,10 +335,10 @@ def measured_sides(smollm2, text):
     def run(policy, reference=None, keep=None):
         pool = None if policy == "full" else 512
         llm = Llama(smollm2, n_ctx=length, n_threads=2, n_threads_batch=2, verbose=False, seed=1, kv_policy=policy, kv_pool=pool)
-        passages = [bench.cut_passages(llm, f"passage {i}", kind, length, 1)[0] for i, kind in enumerate(kinds)]
+        passages = [measure.cut_passages(llm, f"passage {i}", kind, length, 1)[0] for i, kind in enumerate(kinds)]
         if keep is not None:
             keep.append(np.empty((len(kinds) * positions, llm.n_vocab()), dtype=np.float16))
-        result = bench.measure(llm, passages, positions, reference=reference, keep=keep[0] if keep else None)
+        result = measure.measure(llm, passages, positions, reference=reference, keep=keep[0] if keep else None)
         assert policy == "full" or result.stats["frozen_cells"] > 0
         llm.close()
         return result
@@ -349,4 +352,4 @@ def measured_sides(smollm2, text):
 def test_asrkf_is_nearer_to_the_full_cache_than_the_controls(measured_sides, control):
     difference = measured_sides[control].kl - measured_sides["asrkf"].kl
     print(f"{control}: KL {measured_sides[control].kl.mean():.4f}, asrkf {measured_sides['asrkf'].kl.mean():.4f}")
-    assert difference.mean() > bench.standard_error(difference)
+    assert difference.mean() > measure.standard_error(difference)

@@ -1,0 +1,98 @@
+"""The bench's command line: quality, needles and plot for everyone; speed, prefill and README's tables in a checkout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..models import resolve_model
+from ..texts import NEEDLE_TASKS
+from .needles import needles
+from .plots import plot
+from .quality import quality
+from .sides import default_sides
+from .speed import prefill, speed
+from .tables import table, tables_of_quality
+
+
+def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
+    """quality, needles and plot; in a checkout also what needs the unpatched build or makes README's tables."""
+    commands = parser.add_subparsers(dest="what", required=True)
+
+    def add(name: str, text: str, function: object) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(bench_function=function)
+        return command
+
+    _add_quality(add("quality", "perplexity and KL against the full cache", quality))
+    _add_needles(add("needles", "facts found in long prompts", needles))
+    _add_plot(add("plot", "a picture of rows, or of a run", plot))
+    if in_checkout:
+        _add_speed(add("speed", "decoding at a depth: ours, upstream's full cache, and upstream with n_ctx = pool", speed), depth=7680, rounds=9)
+        _add_speed(add("prefill", "reading a prompt, and peak resident bytes: ours and upstream's full cache", prefill), depth=8000, rounds=3)
+        add("table", "the newest row of each figure of speed and prefill as the table that README shows", table)
+        add("quality-table", "the same of quality and needles", tables_of_quality)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", default="smollm2", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf (default smollm2)")
+    command.add_argument("--threads", type=int, default=2)
+    command.add_argument("--out", type=Path, help="file to write (default: in results/)")
+
+
+def _add_texts(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--text", action="append", default=[], metavar="NAME=FILE",
+                         help="repeatable; default: novel, essay, technical out of Debian packages; NAME=topics: Python's reference")
+    command.add_argument("--pool", default="0.33", help="of the default sides: part of the length, or cells (default 0.33)")
+    command.add_argument("--positions", type=int, default=512, help="last tokens of a text, decoded as if generated (default 512)")
+    command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+
+
+def _add_sides(command: argparse.ArgumentParser) -> None:
+    _add_texts(command)
+    command.add_argument("--length", type=int, action="append", help="tokens, repeatable (default 4096)")
+    command.add_argument("--side", action="append", default=[], metavar="NAME=POLICY[;type=q8_0][;ctx=pool]",
+                         help=f"repeatable; POLICY with pool (asrkf,pool=0.33), or one of {', '.join(default_sides('0.33'))} (default: all)")
+    command.add_argument("--again", action="store_true", help="measure anew what was measured")
+
+
+def _add_quality(command: argparse.ArgumentParser) -> None:
+    _add_sides(command)
+    command.add_argument("--chunk", type=int, default=1, help="tokens a decoding step (default 1)")
+    command.add_argument("--passages", type=int, default=1, help="passages of each text (default 1)")
+
+
+def _add_needles(command: argparse.ArgumentParser) -> None:
+    _add_sides(command)
+    command.add_argument("--needles", type=int, default=10, help="questions a task (default 10)")
+    command.add_argument("--task", action="append", choices=NEEDLE_TASKS, help="repeatable (default: all)")
+
+
+def _add_plot(command: argparse.ArgumentParser) -> None:
+    _add_texts(command)
+    command.add_argument("--rows", type=Path, help="rows to draw (default results/quality.csv)")
+    command.add_argument("--run", action="store_true", help="draw active and frozen cells over one generation instead")
+    command.add_argument("--side", default="asrkf", help="of --run: NAME=POLICY[;type=...], or a default side")
+    command.add_argument("--length", type=int, default=4096, help="of --run, tokens (default 4096)")
+
+
+def _add_speed(command: argparse.ArgumentParser, depth: int, rounds: int) -> None:
+    _add_model(command)
+    command.add_argument("--text", type=Path, help="a text file; default: the standard library's pydoc_data.topics")
+    command.add_argument("--depth", type=int, default=depth, help=f"tokens before measuring (default {depth})")
+    command.add_argument("--pool", type=int, default=2048, help="cells")
+    command.add_argument("--policy", default="asrkf")
+    command.add_argument("--rounds", type=int, default=rounds, help=f"(default {rounds})")
+    command.add_argument("--tokens", type=int, default=24, help="tokens a round, a multiple of the interval")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if hasattr(arguments, "model") and (arguments.what != "plot" or arguments.run):
+        arguments.model = resolve_model(arguments.model)
+    for name in ("positions", "threads", "chunk", "passages", "needles", "depth", "rounds", "tokens"):
+        if getattr(arguments, name, 1) < 1:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: at least 1")
+    if arguments.what in ("quality", "needles"):
+        arguments.length = arguments.length or [4096]
+    return arguments.bench_function(arguments)
