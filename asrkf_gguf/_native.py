@@ -12,6 +12,7 @@ import cffi
 
 PACKAGE = Path(__file__).resolve().parent
 LIBRARY_FOLDER = Path(os.environ.get("ASRKF_LIB_PATH") or PACKAGE / "lib").resolve()
+PROGRAM_FOLDER = LIBRARY_FOLDER.parent / "bin"  # llama.cpp's programs, if the build has some (ASRKF_PROGRAMS)
 
 
 def _library_file() -> Path:

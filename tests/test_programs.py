@@ -13,7 +13,7 @@ import pytest
 
 import asrkf_gguf
 
-PROGRAMS = Path(asrkf_gguf.__file__).parent / "bin"
+PROGRAMS = asrkf_gguf._native.PROGRAM_FOLDER
 
 
 def program(name: str, *arguments: str, policy: str | None = None) -> subprocess.CompletedProcess[str]:

@@ -122,8 +122,7 @@ def test_importing_llama_cpp_first_is_an_error_that_says_what_to_do(tmp_path: Pa
     other.mkdir()
     import asrkf_gguf
 
-    folder = Path(asrkf_gguf.__file__).parent / "lib"
-    for library in folder.iterdir():
+    for library in asrkf_gguf._native.LIBRARY_FOLDER.iterdir():
         (other / library.name).symlink_to(library)
     result = python("import llama_cpp, asrkf_gguf", LLAMA_CPP_LIB_PATH=str(other))
     assert result.returncode == 1
@@ -148,7 +147,7 @@ def test_the_environment_serves_python_too(smollm2):
     assert result.returncode == 1 and 'did you mean "window"' in result.stderr
 
 
-def test_interpreter_under_test_is_the_installed_package():
+def test_the_libraries_under_test_are_those_installed():
     import asrkf_gguf
 
-    assert Path(asrkf_gguf.__file__).resolve().is_relative_to(Path(sys.prefix).resolve()) or os.environ.get("ASRKF_LIB_PATH")
+    assert asrkf_gguf._native.LIBRARY_FOLDER.is_relative_to(Path(sys.prefix).resolve()) or os.environ.get("ASRKF_LIB_PATH")

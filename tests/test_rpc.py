@@ -18,8 +18,7 @@ import pytest
 
 import asrkf_gguf
 
-PACKAGE = Path(asrkf_gguf.__file__).parent
-SERVER = PACKAGE / "bin" / "ggml-rpc-server"
+SERVER = asrkf_gguf._native.PROGRAM_FOLDER / "ggml-rpc-server"
 # what bytes on another device can break; the rest is policy, the same on any device
 SUITE = (
     "(device_bytes or same_bytes or never_frozen_run or 6000_tokens or regeneration or pinned or states_hold "

@@ -21,7 +21,7 @@ import pytest
 
 import asrkf_gguf
 
-SERVER = Path(asrkf_gguf.__file__).parent / "bin" / "llama-server"
+SERVER = asrkf_gguf._native.PROGRAM_FOLDER / "llama-server"
 HOLDS, SMALL = "asrkf,pool=1.0", "asrkf,pool=512"
 POLICIES = [None, HOLDS, SMALL]
 ONE_SLOT = ("-c", "2048", "-np", "1", "--cache-ram", "512")
