@@ -4,7 +4,7 @@
     llm = Llama("model.gguf", n_ctx=8192, kv_policy="asrkf", kv_pool=2048)
 """
 
-from . import _native  # first: it decides which libllama llama_cpp loads
+from . import _native
 from ._native import KVError
 from .config import FreezeConfig
 from .llama import Llama

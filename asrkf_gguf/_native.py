@@ -1,54 +1,25 @@
-"""The C API (asrkf.h) through cffi, and the one place that decides which libllama this process loads."""
+"""The C API (asrkf.h) through cffi, of the libllama that llama_cpp has loaded."""
 
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import cffi
 
+from ._compat import loaded_library
+
 PACKAGE = Path(__file__).resolve().parent
-LIBRARY_FOLDER = Path(os.environ.get("ASRKF_LIB_PATH") or PACKAGE / "lib").resolve()
+LIBRARY = loaded_library()
+LIBRARY_FOLDER = LIBRARY.parent
 PROGRAM_FOLDER = LIBRARY_FOLDER.parent / "bin"  # llama.cpp's programs, if the build has some (ASRKF_PROGRAMS)
-
-
-def _library_file() -> Path:
-    names = {"darwin": "libllama.dylib", "win32": "llama.dll"}
-    path = LIBRARY_FOLDER / names.get(sys.platform, "libllama.so")
-    if not path.exists():
-        raise ImportError(
-            f"{path} is missing: install the package (pip install .), or set ASRKF_LIB_PATH to a folder with our libllama"
-        )
-    return path
-
-
-def _claim_llama_cpp() -> None:
-    """Have llama_cpp load our libllama; two copies in one process would not share contexts."""
-    loaded = sys.modules.get("llama_cpp.llama_cpp")
-    if loaded is not None:
-        base = Path(str(loaded._base_path)).resolve()
-        if base != LIBRARY_FOLDER:
-            raise ImportError(
-                f"llama_cpp was imported before asrkf_gguf and loaded libllama from {base}: import asrkf_gguf first"
-            )
-        return
-    chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
-    if chosen and Path(chosen).resolve() != LIBRARY_FOLDER:
-        raise ImportError(
-            f"LLAMA_CPP_LIB_PATH={chosen} names another libllama than ours in {LIBRARY_FOLDER}: unset it, "
-            "or point ASRKF_LIB_PATH there as well if that folder holds a build of ours"
-        )
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(LIBRARY_FOLDER)
 
 
 def _declarations() -> str:
     """asrkf.h without its preprocessor lines: cffi reads C declarations only."""
-    header = PACKAGE / "asrkf.h"
     lines, skipping = [], False
-    for line in header.read_text().splitlines():
+    for line in (LIBRARY_FOLDER / "asrkf.h").read_text().splitlines():
         stripped = line.strip()
         if stripped == "#ifdef __cplusplus":
             skipping = True
@@ -59,15 +30,9 @@ def _declarations() -> str:
     return "\n".join(lines)
 
 
-_LIBRARY = _library_file()
-_claim_llama_cpp()
-
 ffi = cffi.FFI()
 ffi.cdef(_declarations())
-
-import llama_cpp  # noqa: E402, F401  loads libllama, and its dependencies, from LIBRARY_FOLDER
-
-lib: Any = ffi.dlopen(str(_LIBRARY))
+lib: Any = ffi.dlopen(str(LIBRARY))
 
 
 class KVError(RuntimeError):

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+import llama_cpp
 import numpy as np
 from tqdm import tqdm
 
@@ -28,8 +29,6 @@ from . import _native
 from .divergence import kl_divergence, log_softmax
 from .models import resolve_model, side_files
 from .texts import topics
-
-import llama_cpp  # isort: skip  # after _native, which decides which libllama it loads
 
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool

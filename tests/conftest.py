@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from texts import topics_text
 
-import asrkf_gguf  # first: it decides which libllama llama_cpp loads
+import asrkf_gguf
 from asrkf_gguf.models import cache_folder, fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,7 +20,8 @@ NATIVE = {
 }
 LONGEST_FILE, LONGEST_FUNCTION = 600, 60
 PYTHON = {
-    "_native": set(),
+    "_compat": set(),
+    "_native": {"_compat"},
     "config": {"_native"},
     "stats": {"_native", "config"},
     "models": {"_native"},
@@ -28,7 +29,7 @@ PYTHON = {
     "divergence": set(),
     "llama": {"_native", "config", "models", "stats"},
     "calibrate": {"_native", "divergence", "models", "texts"},
-    "bench.sides": {"_native", "config", "llama"},
+    "bench.sides": {"config", "llama"},
     "bench.measure": {"bench.sides", "divergence", "llama"},
     "bench.records": {"_native", "bench.measure", "bench.sides"},
     "bench.quality": {"bench.measure", "bench.records", "bench.sides", "llama", "models", "stats", "texts"},
@@ -39,7 +40,7 @@ PYTHON = {
     "bench.plots": {"bench.measure", "bench.quality", "bench.records", "bench.sides", "stats", "texts"},
     "bench.command": {"bench.needles", "bench.plots", "bench.quality", "bench.sides", "bench.speed", "bench.tables", "models", "texts"},
     "bench": {"bench.command", "bench.records"},
-    "serve": {"_native", "config", "llama", "models", "stats"},
+    "serve": {"config", "llama", "models", "stats"},
     "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "serve", "stats"},
     "__init__": {"_native", "config", "llama", "models", "stats"},
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 
 import gguf
@@ -117,23 +115,6 @@ def test_other_decoders_with_a_plain_cache_work(load, tmp_path: Path, arch: str)
     assert llm.kv_stats().frozen_cells > 400
 
 
-def test_importing_llama_cpp_first_is_an_error_that_says_what_to_do(tmp_path: Path):
-    other = tmp_path / "other"
-    other.mkdir()
-    import asrkf_gguf
-
-    for library in asrkf_gguf._native.LIBRARY_FOLDER.iterdir():
-        (other / library.name).symlink_to(library)
-    result = python("import llama_cpp, asrkf_gguf", LLAMA_CPP_LIB_PATH=str(other))
-    assert result.returncode == 1
-    assert "import asrkf_gguf first" in result.stderr
-    result = python("import asrkf_gguf", LLAMA_CPP_LIB_PATH=str(other))
-    assert result.returncode == 1
-    assert "unset it" in result.stderr
-    result = python("import asrkf_gguf, llama_cpp; print('both')", LLAMA_CPP_LIB_PATH="")
-    assert result.stdout.strip() == "both", result.stderr
-
-
 def test_torch_is_not_pulled_in():
     result = python("import sys, asrkf_gguf; print('torch' in sys.modules)")
     assert result.stdout.strip() == "False", result.stderr
@@ -145,9 +126,3 @@ def test_the_environment_serves_python_too(smollm2):
     assert python(code % ", kv_policy='full'", LLAMA_KV_POLICY="window,pool=512").stdout.strip() == "full"
     result = python(code % "", LLAMA_KV_POLICY="windo,pool=512")
     assert result.returncode == 1 and 'did you mean "window"' in result.stderr
-
-
-def test_the_libraries_under_test_are_those_installed():
-    import asrkf_gguf
-
-    assert asrkf_gguf._native.LIBRARY_FOLDER.is_relative_to(Path(sys.prefix).resolve()) or os.environ.get("ASRKF_LIB_PATH")

@@ -8,6 +8,7 @@ import hashlib
 import json
 from typing import Any, Optional
 
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tqdm import tqdm
 
 from ..llama import Llama
@@ -16,8 +17,6 @@ from ..texts import FILLER, NEEDLE_TASKS, PASSKEY_PREFACE, Needle, is_found, loa
 from .measure import clear, feed, last_logits
 from .records import DESCRIPTION, Table, describe, results_file, run_key
 from .sides import CELLS, REFERENCE, Side, chosen_sides, config_text, open_side, read_counters, require_frozen
-
-from llama_cpp.llama_chat_format import Jinja2ChatFormatter  # isort: skip
 
 ANSWER_TOKENS = 12
 QUESTION_TOKENS = 128  # room for question, chat template, and a haystack that takes more tokens when it is put together

@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 from typing import Any, Optional
 
+import llama_cpp
 import numpy as np
 
-from .. import _native  # before llama_cpp: it decides which libllama is loaded
+from .. import _native
 from .measure import Measured
 from .sides import BATCH_TOKENS, Side
-
-import llama_cpp  # isort: skip
 
 DESCRIPTION = ["date", "commit", "machine", "threads", "model", "command"]
 
@@ -90,7 +89,7 @@ class Table:
 def library_stamp() -> str:
     """Of the libraries' contents, not of the commit: a tree with changes has the commit of one without."""
     digest = hashlib.sha256()
-    for path in sorted({path.resolve() for path in _native.LIBRARY_FOLDER.glob(f"*{_native._LIBRARY.suffix}*")}):
+    for path in sorted({path.resolve() for path in _native.LIBRARY_FOLDER.glob(f"*{_native.LIBRARY.suffix}*")}):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

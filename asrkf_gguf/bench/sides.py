@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-from .. import _native  # noqa: F401  before llama_cpp: it decides which libllama is loaded
+import llama_cpp
+
 from ..config import FreezeConfig
 from ..llama import Llama
-
-import llama_cpp  # isort: skip
 
 CELLS = 256  # pools and contexts are multiples of it
 BATCH_TOKENS = 512
