@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,26 @@ ffi.cdef(_declarations())
 lib: Any = ffi.dlopen(str(LIBRARY))
 
 
+class KVStatus(enum.IntEnum):
+    """Why the cache refused or failed: enum asrkf_status of asrkf.h, where each is explained."""
+
+    OK = 0
+    INVALID_ARGUMENT = 1
+    NO_POLICY = 2
+    PROTECTED = 3
+    POOL_FULL = 4
+    HOST_LIMIT = 5
+    UNSUPPORTED = 6
+    MOVE_FAILED = 7
+    INTERNAL = 8
+
+
 class KVError(RuntimeError):
-    """The KV cache refused or failed; nothing was lost. `status` is the C API's (enum asrkf_status)."""
+    """The KV cache refused or failed; nothing was lost."""
 
     def __init__(self, text: str, status: int) -> None:
         super().__init__(text)
-        self.status = status
+        self.status = KVStatus(status)
 
 
 def last_error() -> str:
@@ -48,11 +63,16 @@ def last_error() -> str:
     return ffi.string(lib.asrkf_last_error()).decode()
 
 
+def last_status() -> KVStatus:
+    """Of the last failure on this thread; INTERNAL where llama.cpp failed and the cache had no reason for it."""
+    return KVStatus(lib.asrkf_last_status() or KVStatus.INTERNAL)
+
+
 def check(status: int) -> None:
     """Raise ValueError for an invalid argument, KVError for any other failure."""
-    if status == lib.ASRKF_OK:
+    if status == KVStatus.OK:
         return
-    if status == lib.ASRKF_INVALID_ARGUMENT:
+    if status == KVStatus.INVALID_ARGUMENT:
         raise ValueError(last_error())
     raise KVError(last_error(), status)
 
@@ -88,7 +108,7 @@ def config_table() -> list[dict[str, Any]]:
     """The rows of the configuration table: name, kind, choices, minimum, maximum, doc."""
     rows = []
     row = struct("asrkf_field")
-    while lib.asrkf_config_field(len(rows), row) == lib.ASRKF_OK:
+    while lib.asrkf_config_field(len(rows), row) == KVStatus.OK:
         text = {key: ffi.string(getattr(row, key)).decode() for key in ("name", "kind", "choices", "doc")}
         rows.append({**text, "minimum": row.minimum, "maximum": row.maximum})
     lib.asrkf_clear_error()

@@ -26,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from . import _native
+from ._compat import quiet
 from .divergence import kl_divergence, log_softmax
 from .models import resolve_model, side_files
 from .texts import topics
@@ -64,23 +65,36 @@ class Runner:
     def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int) -> np.ndarray:
         """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
         self._policy(policy)
-        context = llama_cpp._internals.LlamaContext(model=self.llm._model, params=self.llm.context_params, verbose=False)
-        batch = llama_cpp._internals.LlamaBatch(n_tokens=STEP_TOKENS, embd=0, n_seq_max=1, verbose=False)
+        context = llama_cpp.llama_init_from_model(self.llm.model, self.llm.context_params)
+        if not context:
+            raise RuntimeError(f"no context with {policy}: {_native.last_error() or 'llama.cpp gave no reason'}")
+        batch = llama_cpp.llama_batch_init(STEP_TOKENS, 0, 1)
         n_vocab = self.llm.n_vocab()
         rows = np.empty((len(tokens) - skip_tokens, n_vocab), np.float32)
         try:
             for begin in range(0, len(tokens), STEP_TOKENS):
                 step = tokens[begin : begin + STEP_TOKENS]
-                batch.set_batch(batch=step, n_past=begin, logits_all=begin >= skip_tokens)
-                context.decode(batch)
+                self._decode(context, batch, step, begin, begin >= skip_tokens)
                 if begin >= skip_tokens:
-                    logits = np.ctypeslib.as_array(context.get_logits(), shape=(len(step), n_vocab))
+                    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(step), n_vocab))
                     rows[begin - skip_tokens : begin - skip_tokens + len(step)] = [log_softmax(row) for row in logits]
             return rows
         finally:
-            batch.close()
-            with llama_cpp._utils.suppress_stdout_stderr(disable=False):  # what upstream says of its buffers breaks the bar
-                context.close()
+            llama_cpp.llama_batch_free(batch)
+            with quiet():  # what upstream says of its buffers breaks the bar
+                llama_cpp.llama_free(context)
+
+    @staticmethod
+    def _decode(context: Any, batch: Any, tokens: list[int], begin: int, all_logits: bool) -> None:
+        """One step of sequence 0 from position `begin` on; without all logits, those of the last token."""
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, begin + i
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.logits[i] = all_logits or i == len(tokens) - 1
+        status = llama_cpp.llama_decode(context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode failed with {status} at token {begin}: {_native.last_error() or 'llama.cpp gave no reason'}")
 
 
 def mean_divergence(reference: np.ndarray, other: np.ndarray) -> float:
@@ -148,14 +162,14 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
     runner = Runner(path, n_most, threads, n_gpu_layers)
     tokens = runner.llm.tokenize(text[: 16 * n_most].encode())
     cut(tokens, n_most)  # before the minutes that the first half takes
-    n_layers = int(llama_cpp.llama_model_n_layer(runner.llm._model.model))
+    n_layers = int(llama_cpp.llama_model_n_layer(runner.llm.model))
     began = time.perf_counter()
     cells = n_tokens // 5 // LEAST_CELLS * LEAST_CELLS
     measured = measure_sensitivities(runner, tokens, n_tokens, cells, n_layers)
     content: dict[str, Any] = {
         "format": "asrkf-calibration",
         "version": 2,
-        "model": fingerprint(runner.llm._model.model),
+        "model": fingerprint(runner.llm.model),
         "model_file": path.name,
         "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),

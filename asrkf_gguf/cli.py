@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import re
 import sys
 import time
@@ -99,11 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def devices() -> list[str]:
     """Names of ggml's devices. (llama_supports_gpu_offload() is true for every build that has RPC.)"""
-    import ctypes
-
-    import llama_cpp
-
-    ggml = llama_cpp.llama_cpp._lib  # a handle finds the symbols of its dependencies, too
+    ggml = ctypes.CDLL(str(_native.LIBRARY))  # a handle finds the symbols of its dependencies, too
     ggml.ggml_backend_dev_count.restype = ctypes.c_size_t
     ggml.ggml_backend_dev_get.argtypes, ggml.ggml_backend_dev_get.restype = [ctypes.c_size_t], ctypes.c_void_p
     ggml.ggml_backend_dev_name.argtypes, ggml.ggml_backend_dev_name.restype = [ctypes.c_void_p], ctypes.c_char_p

@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -16,7 +16,8 @@ import llama_cpp
 import numpy as np
 
 from . import _native
-from ._native import KVError
+from ._compat import LlamaBase
+from ._native import KVError, KVStatus, last_status
 from .config import FreezeConfig, PoolSize
 from .models import find_side_file
 from .stats import KVStats, read_stats
@@ -30,7 +31,7 @@ def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
     return dataclasses.replace(config, calibration=str(found)) if found else config
 
 
-class Llama(llama_cpp.Llama):
+class Llama(LlamaBase):
     """A drop-in for llama_cpp.Llama whose KV cache may be smaller than its context.
 
     All arguments are llama_cpp.Llama's; `flash_attn` defaults to True, since a policy needs it. More:
@@ -57,7 +58,6 @@ class Llama(llama_cpp.Llama):
         flash_attn: bool = True,
         **kwargs: Any,
     ) -> None:
-        self._stack = contextlib.ExitStack()  # close() wants one, also if we refuse before llama_cpp makes its own
         if kv_regenerate is not None and kv_regenerate < 0:
             raise ValueError(f"kv_regenerate={kv_regenerate}: 0 (never) or more tokens")
         self._kv_regenerate = kv_regenerate
@@ -124,25 +124,32 @@ class Llama(llama_cpp.Llama):
         except RuntimeError as error:
             reason = _native.last_error()
             if reason:
-                raise KVError(reason, _native.lib.asrkf_last_status()) from error
+                raise KVError(reason, last_status()) from error
             raise
         finally:
             if freezes:
                 _native.lib.asrkf_prompt_follows(self._pointer, False)
 
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Any:
-        chunks = super()._create_completion(*args, **kwargs)
-        stream = inspect.signature(super()._create_completion).bind(*args, **kwargs).arguments.get("stream", False)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        """Complete a prompt (llama_cpp.Llama.create_completion); chat completions and calls come here, too."""
+        streams = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments.get("stream", False)
 
-        def run() -> Any:
-            self._answers_whole = not stream
-            self._looks_up_cache = True
-            try:
-                yield from chunks
-            finally:
-                self._answers_whole = self._looks_up_cache = False
+        if streams:
+            return self._stream(super().create_completion(*args, **kwargs))
+        with self._completing(whole=True):
+            return super().create_completion(*args, **kwargs)
 
-        return run()
+    def _stream(self, chunks: Iterator[Any]) -> Iterator[Any]:
+        with self._completing(whole=False):
+            yield from chunks
+
+    @contextlib.contextmanager
+    def _completing(self, whole: bool) -> Iterator[None]:
+        self._answers_whole, self._looks_up_cache = whole, True
+        try:
+            yield
+        finally:
+            self._answers_whole = self._looks_up_cache = False
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Optional[Sequence[int]], None]:
         """Sample tokens after a prompt (llama_cpp.Llama.generate); see kv_regenerate."""
@@ -155,7 +162,8 @@ class Llama(llama_cpp.Llama):
             return (yield from super().generate(tokens, *args, **kwargs))
         call = inspect.signature(super().generate).bind(tokens, *args, **kwargs).arguments
         before = self.input_ids[: self.n_tokens].tolist() if not call.get("reset", True) else []
-        given, held, seed = [*before, *tokens], deque[int](), self._seed
+        vocab = llama_cpp.llama_model_get_vocab(self.model)
+        given, held, seed = [*before, *tokens], deque[int](), self.current_seed
         n_prompt, n_free = len(given), len(given)  # no second time before so many are given: there must be an end
         answer = super().generate(**call)
         try:
@@ -173,7 +181,7 @@ class Llama(llama_cpp.Llama):
                     continue
                 if token is not None:
                     held.append(token)
-                is_end = token is None or self.n_tokens >= self.n_ctx() or llama_cpp.llama_vocab_is_eog(self._model.vocab, token)
+                is_end = token is None or self.n_tokens >= self.n_ctx() or llama_cpp.llama_vocab_is_eog(vocab, token)
                 while len(held) > (0 if is_end else n_held):
                     given.append(held.popleft())
                     if (yield given[-1]) is not None:
@@ -183,17 +191,15 @@ class Llama(llama_cpp.Llama):
         finally:
             answer.close()
             if self._running is mine:
-                self._seed = seed
+                self.set_seed(seed)
                 if self.n_tokens > len(given):  # what the caller never saw
                     self.n_tokens = len(given)
-                    self._requires_eval = True
+                    self.must_eval = True
 
-    def _init_sampler(self, *args: Any, **kwargs: Any) -> Any:
-        sampler = super()._init_sampler(*args, **kwargs)
+    def tokens_before_sampling(self) -> list[int]:
+        """Of an answer that goes on: grammar and penalties stand where it stands."""
         before, self._sampled_before = self._sampled_before, []
-        for token in before:  # grammar and penalties stand where the answer stands
-            sampler.accept(token)
-        return sampler
+        return before
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Save the state: the whole sequence, frozen or not, with scores and timers (see the key `state`).
@@ -201,10 +207,10 @@ class Llama(llama_cpp.Llama):
         KVError with the reason if it cannot be saved.
         """
         _native.lib.asrkf_clear_error()
-        if llama_cpp.llama_state_get_size(self._ctx.ctx) == 0:
-            raise KVError(_native.last_error() or "llama.cpp gave no state", _native.lib.asrkf_last_status())
+        if llama_cpp.llama_state_get_size(self.ctx) == 0:
+            raise KVError(_native.last_error() or "llama.cpp gave no state", last_status())
         scores = self.scores
-        if not self._logits_all:  # nothing is in them: n_batch rows of the vocabulary (100 MiB) in each state of a prompt cache
+        if not self.keeps_all_logits:  # nothing is in them: n_batch rows of the vocabulary (100 MiB) in each state of a prompt cache
             self.scores = np.zeros((1, self.n_vocab()), dtype=np.single)
         try:
             return super().save_state()
@@ -215,7 +221,8 @@ class Llama(llama_cpp.Llama):
         """Load a state, of any context and pool or of the full cache; KVError with the reason if it does not fit: the sequence is
         then as before (upstream's cache is empty then)."""
         _native.lib.asrkf_clear_error()
-        before = (self.input_ids.copy(), self.n_tokens, self._seed, self._requires_eval)
+        before = (self.input_ids.copy(), self.n_tokens, self.must_eval)
+        seed = self.current_seed
         fitted = copy.copy(state)  # llama_cpp wants arrays of this model's n_ctx and n_batch
         fitted.input_ids = np.resize(state.input_ids, self.input_ids.shape)
         if len(state.scores) != min(state.n_tokens, len(self.scores)):
@@ -223,18 +230,19 @@ class Llama(llama_cpp.Llama):
         try:
             super().load_state(fitted)
         except RuntimeError as error:
-            self.input_ids, self.n_tokens, self._seed, self._requires_eval = before
+            self.input_ids, self.n_tokens, self.must_eval = before
+            self.set_seed(seed)
             if self.kv_stats().tokens < self.n_tokens:
-                self.n_tokens, self._requires_eval = 0, True
+                self.n_tokens, self.must_eval = 0, True
             if self._looks_up_cache:  # a state of set_cache(), wanted by a completion: a miss, the prompt is read instead
                 return
-            raise KVError(_native.last_error() or str(error), _native.lib.asrkf_last_status()) from error
+            raise KVError(_native.last_error() or str(error), last_status()) from error
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """llama_cpp.Llama.embed, of upstream's cache only: KVError with a policy."""
         if self.kv_stats().policy != "full":
             raise KVError(
-                'a KV pool serves no embeddings: use a second Llama(..., kv_policy="full", embedding=True)', _native.lib.ASRKF_UNSUPPORTED
+                'a KV pool serves no embeddings: use a second Llama(..., kv_policy="full", embedding=True)', KVStatus.UNSUPPORTED
             )
         return super().embed(*args, **kwargs)
 
@@ -242,17 +250,17 @@ class Llama(llama_cpp.Llama):
 
     @property
     def _pointer(self) -> Any:
-        return _native.context_pointer(self._ctx.ctx)
+        return _native.context_pointer(self.ctx)
 
     def kv_stats(self) -> KVStats:
         """Measured bytes, cells and moves; also for upstream's cache (policy "full")."""
-        return read_stats(self._ctx.ctx)
+        return read_stats(self.ctx)
 
     def kv_config(self) -> Optional[FreezeConfig]:
         """The configuration that runs, with every key set; None for upstream's cache."""
         config = _native.struct("asrkf_config")
         status = _native.lib.asrkf_get_config(self._pointer, config)
-        if status == _native.lib.ASRKF_NO_POLICY:
+        if status == KVStatus.NO_POLICY:
             return None
         _native.check(status)
         return FreezeConfig.from_string(_native.format_config(config))
@@ -324,7 +332,7 @@ class KVTrace:
 
     def __exit__(self, *_: object) -> None:
         self._llm._tracing = False
-        if self._llm._ctx.ctx is None:  # closed inside the block: the engine is gone, and its records with it
+        if self._llm.ctx is None:  # closed inside the block: the engine is gone, and its records with it
             return
         n = _native.ffi.new("uint64_t *")
         _native.check(_native.lib.asrkf_trace_count(self._llm._pointer, n))

@@ -8,22 +8,22 @@ only where the server's packages are installed (pip install "asrkf-gguf[serve]")
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
-import re
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
 import llama_cpp
 
+from . import _compat
+from ._native import KVError, KVStatus
 from .config import DEFAULT_POOL, FreezeConfig
 from .llama import Llama
 from .models import resolve_model
-from .stats import counted_since
+from .stats import KVStats, counted_since
 
 try:
     import uvicorn
@@ -31,7 +31,6 @@ try:
     from fastapi.responses import JSONResponse
     from llama_cpp.server import app as server_app
     from llama_cpp.server import cli as server_cli
-    from llama_cpp.server import errors as server_errors
     from llama_cpp.server import model as server_model
     from llama_cpp.server import settings as server_settings
     from llama_cpp.server import types as server_types
@@ -84,28 +83,26 @@ class ServedLlama(Llama):
 
     last_completion: Optional[dict[str, Any]] = None
 
-    def _create_completion(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
-        chunks = super()._create_completion(*args, **kwargs)
+    def create_completion(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("logprobs") is not None and not self.keeps_all_logits:
+            raise KVError("logprobs is not supported for models created with logits_all=False", KVStatus.UNSUPPORTED)
+        before = self.kv_stats()
+        answer = super().create_completion(*args, **kwargs)
+        if isinstance(answer, dict):
+            self._finished(answer, before)
+            return answer
 
         def run() -> Iterator[Any]:
             before = self.kv_stats()
-            for chunk in chunks:
+            for chunk in answer:
                 if chunk["choices"][0]["finish_reason"]:  # the last; an answer that is left unread has none
-                    self.last_completion = {"id": chunk["id"], **counted_since(before, self.kv_stats())}
+                    self._finished(chunk, before)
                 yield chunk
 
         return run()
 
-
-@contextlib.contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Generator[None, None, None]:
-    """An attribute of a module with another value, for the length of a with block."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
+    def _finished(self, answer: dict[str, Any], before: KVStats) -> None:
+        self.last_completion = {"id": answer["id"], **counted_since(before, self.kv_stats())}
 
 
 class PolicyProxy(server_model.LlamaProxy):
@@ -121,23 +118,24 @@ class PolicyProxy(server_model.LlamaProxy):
 
         if settings.hf_model_repo_id is None:  # else the model is a pattern for files of that repository
             settings = settings.model_copy(update={"model": str(resolve_model(settings.model))})
-        with replaced(llama_cpp, "Llama", PolicyLlama):  # the server makes llama_cpp.Llama, or its from_pretrained()
+        with _compat.replaced(llama_cpp, "Llama", PolicyLlama):  # the server makes llama_cpp.Llama, or its from_pretrained()
             return server_model.LlamaProxy.load_llama_from_model_settings(settings)
-
-    def loaded(self) -> tuple[Optional[str], Optional[ServedLlama]]:
-        """Alias and model; no model after one that was asked for could not be loaded."""
-        return self._current_model_alias, self._current_model
 
 
 # errors
 
-def _refused(_request: Any, match: re.Match[str]) -> tuple[int, dict[str, Any]]:
-    return 400, {"message": match.string, "type": "invalid_request_error", "param": None, "code": None}
-
-
 # What the engine refuses is the request's fault, not the server's: clients repeat a request that ended in a status of 500.
-REFUSALS = re.compile(r"do not fit into n_ctx|host_limit of|logprobs is not supported")
-server_errors.RouteErrorHandler.pattern_and_formatters[REFUSALS] = _refused
+REFUSALS = frozenset((KVStatus.INVALID_ARGUMENT, KVStatus.PROTECTED, KVStatus.POOL_FULL, KVStatus.HOST_LIMIT, KVStatus.UNSUPPORTED))
+
+
+def refusal(error: Exception) -> Optional[tuple[int, dict[str, Any]]]:
+    """Status and content for what the engine refuses; None for any other error."""
+    if isinstance(error, KVError) and error.status in REFUSALS:
+        return 400, {"message": str(error), "type": "invalid_request_error", "param": None, "code": error.status.name.lower()}
+    return None
+
+
+_compat.answer_errors(refusal)
 
 
 class StreamErrors:
@@ -194,8 +192,7 @@ def stream_error(error: BaseException, request: bytes) -> tuple[int, Any]:
         error = error.exceptions[0]
     fields = json.loads(request)
     kind = server_types.CreateChatCompletionRequest if "messages" in fields else server_types.CreateCompletionRequest
-    handler = next(route for route in server_app.router.routes if isinstance(route, server_errors.RouteErrorHandler))
-    return handler.error_message_wrapper(error, kind.model_validate(fields))
+    return _compat.answer_to(error, kind.model_validate(fields))
 
 
 # the app
@@ -207,9 +204,8 @@ router = APIRouter()
 async def get_kv_stats() -> JSONResponse:
     """`kv`: kv_stats() of the loaded model: bytes and cells as they are now, counters since it was loaded. `last_completion`:
     what the counters gained in the newest completion that was read to its end, with its id. 503 if no model is loaded."""
-    # The inner lock of llama_cpp.server's two: who waits at the outer one cuts a running stream (interrupt_requests).
-    async with server_app.llama_inner_lock:
-        alias, llm = server_app._llama_proxy.loaded() if server_app._llama_proxy else (None, None)
+    async with _compat.server_lock():
+        alias, llm = _compat.server_model()
         if llm is None:
             text = "no model is loaded: the last one that was asked for failed; a request with the name of another loads it"
             return JSONResponse({"error": {"message": text, "type": "no_model", "param": None, "code": None}}, 503)
@@ -219,7 +215,7 @@ async def get_kv_stats() -> JSONResponse:
 def create_app(server: server_settings.ServerSettings, models: list[ModelSettings]) -> FastAPI:
     """llama_cpp.server's app with our model, loaded, and our route; ValueError or OSError with the reason if it cannot be."""
     os.environ.pop("CONFIG_FILE", None)  # read already; the server would read it anew, without our fields
-    with replaced(server_app, "LlamaProxy", PolicyProxy):
+    with _compat.server_makes(PolicyProxy):
         app = server_app.create_app(server_settings=server, model_settings=models)
     app.include_router(router)
     app.user_middleware.append(Middleware(StreamErrors))  # innermost: CORS serves its answers, too
@@ -269,7 +265,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
 def main(arguments: argparse.Namespace) -> int:
     server, models = read_settings(arguments)
     app = create_app(server, models)
-    _, llm = server_app._llama_proxy.loaded()
+    _, llm = _compat.server_model()
     stats = llm.kv_stats()
     print(f"policy {stats.policy}, pool {stats.pool_cells} of {llm.n_ctx()} cells; figures at /v1/kv_stats", file=sys.stderr)
     uvicorn.run(app, host=server.host, port=server.port, ssl_keyfile=server.ssl_keyfile, ssl_certfile=server.ssl_certfile)

@@ -6,6 +6,7 @@ import argparse
 import csv
 from pathlib import Path
 
+import llama_cpp
 import numpy as np
 import pytest
 
@@ -163,7 +164,7 @@ class FakeLlama:
     read = 0
 
     def __init__(self, side, length, arguments):
-        self.side, self.cells, self.n_tokens, self.input_ids, self.metadata, self._ctx = side, side.n_ctx(length), 0, [0] * 4096, {}, self
+        self.side, self.cells, self.n_tokens, self.input_ids, self.metadata, self.ctx = side, side.n_ctx(length), 0, [0] * 4096, {}, self
 
     def n_ctx(self):
         return self.cells
@@ -180,7 +181,7 @@ class FakeLlama:
         self.n_tokens += len(tokens)
         FakeLlama.read += len(tokens)
 
-    def get_logits_ith(self, _):
+    def logits(self):
         logits = np.random.default_rng(self.input_ids[self.n_tokens - 1]).standard_normal(258) + self.side.is_pooled * np.linspace(0, 0.1, 258)
         return np.ctypeslib.as_ctypes(logits.astype(np.float32))
 
@@ -199,10 +200,8 @@ class FakeLlama:
     def reset(self):
         self.n_tokens = 0
 
-    def kv_cache_clear(self):
+    def close(self):
         pass
-
-    close = kv_cache_clear
 
 
 @pytest.fixture
@@ -212,6 +211,8 @@ def bench_command(tmp_path, monkeypatch):
     model.write_bytes(b"GGUF")
     text.write_text("".join(f"This is the sentence {i} of a text. " for i in range(2000)))
     stats = dict.fromkeys((*quality.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
+    for name, function in (("get_logits_ith", lambda ctx, _: ctx.logits()), ("get_memory", lambda ctx: ctx), ("memory_clear", lambda *_: None)):
+        monkeypatch.setattr(llama_cpp, f"llama_{name}", function)
     monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
     for module in (quality, needles):
         monkeypatch.setattr(module, "open_side", FakeLlama)

@@ -152,15 +152,17 @@ def test_a_stream_that_is_left_does_not_hold_up_the_next_request(server, text):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("length", "reason"), [(20000, "maximum context length is 2048 tokens"), (6500, "host_limit of 25165824 bytes")]
+    ("length", "reason", "code"),
+    [(20000, "maximum context length is 2048 tokens", "context_length_exceeded"), (6500, "host_limit of 25165824 bytes", "host_limit")],
 )
-def test_a_request_that_cannot_be_held_is_an_error_with_its_text_and_the_next_one_works(server, text, stream, length, reason):
+def test_a_request_that_cannot_be_held_is_an_error_with_its_text_and_the_next_one_works(server, text, stream, length, reason, code):
     prompt = text[40000 : 40000 + length]
-    with pytest.raises(openai.BadRequestError, match=reason):
+    with pytest.raises(openai.BadRequestError, match=reason) as refused:
         if stream:
             list(server.client.chat.completions.create(model="smollm2", messages=[{"role": "user", "content": prompt}], stream=True))
         else:
             server.complete(prompt)
+    assert refused.value.code == code
     assert server.complete("The sun is", 4).choices[0].text
 
 
@@ -178,7 +180,7 @@ def test_an_error_in_the_middle_of_a_stream_is_its_last_event(server, text):
 def test_what_this_server_does_not_do_is_refused_with_the_reason(server):
     with pytest.raises(openai.BadRequestError, match="logits_all"):
         server.complete("The sun is", 4, logprobs=2)
-    with pytest.raises(openai.APIStatusError, match="a KV pool serves no embeddings"):
+    with pytest.raises(openai.BadRequestError, match="a KV pool serves no embeddings"):
         server.client.embeddings.create(model="smollm2", input="The sun", encoding_format="float")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
 
+import llama_cpp
 import numpy as np
 from tqdm import tqdm
 
@@ -49,12 +50,12 @@ def feed(llm: Llama, tokens: Sequence[int], bar: Optional[tqdm] = None) -> None:
 
 def clear(llm: Llama) -> None:
     llm.reset()
-    llm._ctx.kv_cache_clear()
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llm.ctx), True)
 
 
 def last_logits(llm: Llama) -> np.ndarray:
     """Of the last token that was read; valid until the next one."""
-    return np.ctypeslib.as_array(llm._ctx.get_logits_ith(-1), shape=(llm.n_vocab(),))
+    return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(llm.ctx, -1), shape=(llm.n_vocab(),))
 
 
 def cut_passages(llm: Llama, name: str, text: str, length: int, n: int) -> list[list[int]]:

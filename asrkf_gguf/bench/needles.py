@@ -8,6 +8,7 @@ import hashlib
 import json
 from typing import Any, Optional
 
+import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from tqdm import tqdm
 
@@ -28,7 +29,12 @@ def chat_prompt(llm: Llama, message: str) -> str:
     template = llm.metadata.get("tokenizer.chat_template")
     if not template:
         return f"{message}\nAnswer:"
-    bos, eos = (llm._model.token_get_text(token) if token != -1 else "" for token in (llm.token_bos(), llm.token_eos()))
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
+
+    def text_of(token: int) -> str:
+        return llama_cpp.llama_vocab_get_text(vocab, token).decode() if token != -1 else ""
+
+    bos, eos = text_of(llm.token_bos()), text_of(llm.token_eos())
     return Jinja2ChatFormatter(template=template, eos_token=eos, bos_token=bos)(messages=[{"role": "user", "content": message}]).prompt
 
 

@@ -63,8 +63,11 @@ class Process:
             "n_threads_batch": options["threads"], "n_gpu_layers": -1, "flash_attn": True, "verbose": False, "seed": 1,
         }  # fmt: skip
         self.options, self.is_ours = options, options["policy"] != "full"
-        self.side = (Ours if self.is_ours else Upstream)(options, kwargs)
+        self.side: Ours | Upstream = (Ours if self.is_ours else Upstream)(options, kwargs)
         self.llm = self.side.llm
+        import llama_cpp  # the side's choice of library is made
+
+        self.llama_cpp = llama_cpp
         self.tokens = self.llm.tokenize(options["text"].encode())
         if len(self.tokens) < options["n_ctx"]:
             raise SystemExit(f"bench: the text has {len(self.tokens)} tokens, the context {options['n_ctx']}: give a longer one")
@@ -72,6 +75,10 @@ class Process:
         settings = " ".join(f"{key}={value}" for key, value in keys.items()) + " type_k=f16 type_v=f16"
         self._config = f"{settings} {self.side.config}".strip()
         self.n_decoded = 0
+
+    def wait(self) -> None:
+        """Until the step is computed."""
+        self.llama_cpp.llama_get_logits_ith(self.llm.ctx, -1)
 
     def config(self) -> dict[str, Any]:
         return {"config": self._config}
@@ -82,10 +89,10 @@ class Process:
 
     def prefill(self) -> dict[str, Any]:
         self.llm.reset()
-        self.llm._ctx.kv_cache_clear()
+        self.llama_cpp.llama_memory_clear(self.llama_cpp.llama_get_memory(self.llm.ctx), True)
         began = time.perf_counter()
         self.llm.eval(self.tokens[: self.options["depth"]])
-        self.llm._ctx.get_logits_ith(-1)
+        self.wait()
         return {"seconds": time.perf_counter() - began}
 
     def decode(self, tokens: int, rewind: bool) -> dict[str, Any]:
@@ -99,7 +106,7 @@ class Process:
             n_scored = self.llm.kv_stats().scoring_steps_total if self.is_ours else 0
             began = time.perf_counter()
             self.llm.eval([token])
-            self.llm._ctx.get_logits_ith(-1)
+            self.wait()
             seconds.append(time.perf_counter() - began)
             if self.is_ours:
                 scored.append(self.llm.kv_stats().scoring_steps_total > n_scored)
