@@ -12,7 +12,7 @@ from typing import Optional
 
 from tqdm import tqdm
 
-from . import _native, bench, calibrate
+from . import _native, calibrate
 from .config import DEFAULT_POOL, POLICIES, FreezeConfig, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
@@ -130,8 +130,8 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def make_parser(serves: bool) -> argparse.ArgumentParser:
-    """The command line; the options of `serve` are those of the server's packages, which nothing else needs."""
+def make_parser(command: str) -> argparse.ArgumentParser:
+    """The command line, with the options of `bench` and `serve` only for them: both need packages that nothing else does."""
     parser = argparse.ArgumentParser(prog="asrkf", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="generate text, streaming, with the cache's figures at the end")
@@ -155,11 +155,14 @@ def make_parser(serves: bool) -> argparse.ArgumentParser:
     calibrator = commands.add_parser("calibrate", help="measure a model's layers, for layers=two and layers=each")
     calibrate.add_arguments(calibrator)
     calibrator.set_defaults(function=calibrate.main)
-    bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache")
-    bench.add_arguments(bencher)
-    bencher.set_defaults(function=bench.main)
+    bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache; pip install \"asrkf-gguf[bench]\"")
+    if command == "bench":
+        from . import bench
+
+        bench.add_arguments(bencher)
+        bencher.set_defaults(function=bench.main)
     server = commands.add_parser("serve", help="an OpenAI-compatible server; pip install \"asrkf-gguf[serve]\"")
-    if serves:
+    if command == "serve":
         from . import serve
 
         serve.add_arguments(server)
@@ -173,7 +176,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     if command == "serve":  # llama_cpp.server writes its options with _, we with -
         argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
     try:
-        arguments = make_parser(command == "serve").parse_args(argv)
+        arguments = make_parser(command).parse_args(argv)
         return arguments.function(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
         print(f"asrkf {command}: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ from typing import Optional
 
 import gguf
 import llama_cpp
+import platformdirs
 
 from . import _native
 
@@ -31,8 +32,7 @@ _SMOLLM2 = {
 
 def cache_folder() -> Path:
     """ASRKF_CACHE, or asrkf-gguf in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asrkf-gguf"
-    folder = Path(os.environ.get("ASRKF_CACHE") or default)
+    folder = Path(os.environ.get("ASRKF_CACHE") or platformdirs.user_cache_dir("asrkf-gguf", appauthor=False))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

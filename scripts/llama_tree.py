@@ -8,7 +8,7 @@
 
 The pin (patches/UPSTREAM) is the sdist of llama-cpp-python: it carries llama.cpp's git pack, so the queue is applied by
 a real `git am`. pip fetches the sdist; ASRKF_LLAMA_CPP names a local copy instead (the sdist, or a git repository of
-llama.cpp that has the pinned commit). Trees lie in ASRKF_CACHE (default ~/.cache/asrkf-gguf), one per digest of
+llama.cpp that has the pinned commit). Trees lie in ASRKF_CACHE (default: asrkf-gguf in the user's cache folder), one per digest of
 pin + series + patches: a tree is never changed, a new queue makes a new one.
 
 Standard library only: it runs inside the package's build.
@@ -34,9 +34,16 @@ class TreeError(RuntimeError):
     """The tree cannot be prepared; the text says what to do."""
 
 
+def default_cache_folder() -> Path:
+    """Where the package has it, which asks platformdirs (tests/test_install.py compares them)."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "asrkf-gguf" / "Cache"
+    default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+    return Path(os.environ.get("XDG_CACHE_HOME", "").strip() or default) / "asrkf-gguf"
+
+
 def cache_folder() -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asrkf-gguf"
-    folder = Path(os.environ.get("ASRKF_CACHE") or default)
+    folder = Path(os.environ.get("ASRKF_CACHE") or default_cache_folder())
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -269,17 +269,15 @@ def test_without_apt_the_error_names_the_way_out(tmp_path, monkeypatch):
         texts.load_texts([])
 
 
-def test_the_strings_of_an_r_object_are_read():
-    def integer(value):
-        return value.to_bytes(4, "big", signed=True)
-
-    def string(value):
-        return integer(0x40009) + integer(len(value)) + value
-
-    header = b"X\n" + integer(3) + integer(0x40201) + integer(0x30500) + integer(5) + b"UTF-8"
-    assert texts.r_strings(header + integer(16) + integer(3) + string(b"EMMA") + string(b"") + integer(9) + integer(-1)) == ["EMMA", "", ""]
-    with pytest.raises(ValueError, match="character vector"):
-        texts.r_strings(header + integer(13) + integer(0))
+def test_the_novel_is_its_chapters(tmp_path):
+    folder = tmp_path / "usr/share/gocode/src/github.com/klauspost/compress/testdata"
+    folder.mkdir(parents=True)
+    head, tail = "Produced by\n\n THE ADVENTURES OF TOM SAWYER\n\nP R E F A C E\n\n", "\n\nCONCLUSION\n\nSO endeth\n\nEnd of the Project"
+    (folder / "Mark.Twain-Tom.Sawyer.txt").write_text(f'{head}CHAPTER I\n\n"TOM!"\n\nNo\nanswer.\n\nCHAPTER II\n\nSaturday{tail}')
+    assert texts._read_novel(tmp_path) == 'CHAPTER I\n\n"TOM!"\n\nNo answer.\n\nCHAPTER II\n\nSaturday'
+    (folder / "Mark.Twain-Tom.Sawyer.txt").write_text("another")
+    with pytest.raises(RuntimeError, match="--text novel=FILE"):
+        texts._read_novel(tmp_path)
 
 
 def test_paragraphs_of_a_page_come_without_navigation():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email
+import importlib.util
 import os
 import re
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from conftest import ROOT, python
 
 import asrkf_gguf
+from asrkf_gguf.models import cache_folder
 
 FOLDER = asrkf_gguf._native.LIBRARY_FOLDER
 
@@ -90,6 +92,21 @@ def test_another_llama_cpp_installed_over_ours_is_refused_with_the_way_out(tmp_p
 def test_without_llama_cpp_the_error_says_how_to_get_it_back():
     result = python("import sys; sys.modules['llama_cpp'] = None; import asrkf_gguf")
     assert result.returncode == 1 and "install asrkf-gguf anew" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("environment", [{}, {"XDG_CACHE_HOME": "elsewhere"}, {"XDG_CACHE_HOME": " "}, {"ASRKF_CACHE": "mine"}], ids=str)
+def test_the_package_and_its_build_agree_on_the_cache_folder(environment, tmp_path, monkeypatch):
+    for name in ("XDG_CACHE_HOME", "ASRKF_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(tmp_path / value) if value.strip() else value)
+    spec = importlib.util.spec_from_file_location("llama_tree", ROOT / "scripts/llama_tree.py")
+    llama_tree = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(llama_tree)
+    expected = {"XDG_CACHE_HOME=elsewhere": "elsewhere/asrkf-gguf", "ASRKF_CACHE=mine": "mine"}
+    where = expected.get(",".join(f"{name}={value}" for name, value in environment.items()), ".cache/asrkf-gguf")
+    assert cache_folder() == llama_tree.cache_folder() == tmp_path / where
 
 
 # wheel and sdist

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from tabulate import tabulate
 from tqdm import tqdm
 
 from ..llama import Llama
@@ -144,10 +145,12 @@ def needles(arguments: argparse.Namespace) -> int:
                             table.add(rows[length, side, task])
                         else:
                             rows[length, side, task] = table.find(run)
-    print(f"{'length':>6}  {'side':<22}{'device MiB':>11}" + "".join(f"{task:>20}" for task in tasks) + "   found of what the full cache finds")
+    lines = []
     for length in arguments.length:
         for side in sides:
-            counts = "".join(f"{rows[length, side, task]['found']} of {rows[length, REFERENCE, task]['found']}".rjust(20) for task in tasks)
-            print(f"{length:>6}  {side.name:<22}{int(rows[length, side, tasks[0]]['device_bytes']) / MIB:>11.1f}{counts}")
+            counts = [f"{rows[length, side, task]['found']} of {rows[length, REFERENCE, task]['found']}" for task in tasks]
+            lines.append([length, side.name, int(rows[length, side, tasks[0]]["device_bytes"]) / MIB, *counts])
+    print(tabulate(lines, ["length", "side", "device MiB", *tasks], floatfmt=".1f", colalign=("right", "left", "right", *["right"] * len(tasks))))
+    print("found of what the full cache finds")
     print(f"rows in {table.path}")
     return 0

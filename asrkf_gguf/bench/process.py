@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path = [entry for entry in sys.path if entry and Path(entry).resolve() != Path(__file__).resolve().parent]
 
 
@@ -84,8 +86,7 @@ class Process:
         return {"config": self._config}
 
     def stats(self) -> dict[str, Any]:
-        peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-        return {"stats": {**self.side.stats(), "decoded": self.n_decoded}, "peak_resident_bytes": int(peak.split()[1]) * 1024}
+        return {"stats": {**self.side.stats(), "decoded": self.n_decoded}, "peak_resident_bytes": peak_resident_bytes()}
 
     def prefill(self) -> dict[str, Any]:
         self.llm.reset()
@@ -115,6 +116,16 @@ class Process:
         if self.is_ours:
             host = sum(after[key] - before[key] for key in ("policy_seconds", "scoring_seconds", "moves_seconds"))
         return {"seconds": seconds, "scored": scored, "host_seconds": host, "stats": after}
+
+
+def peak_resident_bytes() -> int:
+    """The most of this process that was in RAM."""
+    memory = psutil.Process().memory_info()
+    if hasattr(memory, "peak_wset"):  # Windows
+        return memory.peak_wset
+    # psutil has no peak on Linux, and getrusage() counts the process that started this one
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 from tqdm import tqdm
 
 from ..llama import Llama
@@ -136,9 +137,11 @@ def quality(arguments: argparse.Namespace) -> int:
                 )
     run = Quality(arguments, load_texts(arguments.text), sides)
     run.run()
-    print(f"{'length':>6}  {'side':<22}{'device MiB':>11}{'mean KL':>10}{'ppl ratio':>11}{'top-1':>8}  worst text (KL)")
-    for line in pooled(run.rows):
-        figures = f"{line['device_bytes'] / MIB:>11.1f}{line['kl']:>10.4f}{line['ppl_ratio']:>11.4f}{line['top1']:>8.3f}"
-        print(f"{line['length']:>6}  {line['side']:<22}{figures}  {line['worst']} ({line['worst_kl']:.4f})")
+    lines = [
+        [line["length"], line["side"], line["device_bytes"] / MIB, line["kl"], line["ppl_ratio"], line["top1"], line["worst"], line["worst_kl"]]
+        for line in pooled(run.rows)
+    ]
+    head = ["length", "side", "device MiB", "mean KL", "ppl ratio", "top-1", "worst text", "its KL"]
+    print(tabulate(lines, head, floatfmt=("", "", ".1f", ".4f", ".4f", ".3f", "", ".4f")))
     print(f"rows in {run.table.path}")
     return 0
