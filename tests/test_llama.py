@@ -53,6 +53,27 @@ def test_device_bytes_are_the_pools_and_stay_so(load, smollm2, text, policy, typ
     check_states(llm)
 
 
+@pytest.mark.parametrize("policy", ["asrkf,layers=shared", "asrkf,layers=shared,recall=mean_key", "asrkf"])
+def test_compute_buffers_are_reserved_for_every_step_of_a_full_context(load, tiny, policy):
+    """The scores that outlive a layer's branch once lay in other gaps in short steps than in the reserve: near a full context
+    the buffers grew."""
+    n_ctx = 16384
+    llm = load(tiny, n_ctx=n_ctx, kv_policy=policy, kv_pool=1024)
+    reserved = llm.kv_stats().device_compute_bytes
+    random = np.random.default_rng(20251211)
+
+    def read(n: int) -> None:
+        llm.eval(random.integers(0, 256, n).tolist())
+        assert llm.kv_stats().device_compute_bytes == reserved, f"a step of {n} at {llm.n_tokens} tokens"
+
+    while llm.n_tokens < n_ctx - 1:
+        read(min(512, n_ctx - 1 - llm.n_tokens))
+    for n in (*range(1, 9), *range(15, 300, 15)):
+        llm.n_tokens = min(llm.n_tokens, n_ctx - n)  # the next step takes the tail back
+        read(n)
+    assert reserved > 0 and llm.kv_stats().frozen_cells > n_ctx - 1024 - 300
+
+
 @pytest.mark.parametrize("moves", ["direct", "staged"])
 @pytest.mark.parametrize("name", CACHE_TYPES)
 def test_freeze_then_restore_gives_the_same_bytes(load, smollm2, text, name, moves):

@@ -19,7 +19,7 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": 0}, "pool=0 must be positive"),
         ({"kv_pool": -1}, "pool=-1 must be positive"),
         ({"kv_pool": 4096}, "pool of 4096 cells is larger than n_ctx 2048"),
-        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 7119280 bytes"),
+        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 7135664 bytes"),
         ({"kv_pool": 1.5}, "at most 1.0"),
         ({}, "no pool: set kv_pool"),
         ({"kv_policy": "asrkf,window=500", "kv_pool": 512}, "raise kv_pool to at least 768 or lower window"),

@@ -125,7 +125,7 @@ uint32_t mean_pool(const settings & config, uint32_t first_layer, size_t n_scori
         const auto & hparams = config.model.hparams;
         const uint64_t layer_bytes = (config.n_index_rows() + 1)*ggml_row_size(config.index_type(), hparams.n_embd_k_gqa(first_layer)) // and the ring, and alignment
             + config.n_ring_rows()*hparams.n_embd_head_k(first_layer)*hparams.n_head(first_layer)*sizeof(float) + 1024;
-        const uint64_t index_bytes = n_scoring_layers*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
+        const uint64_t index_bytes = n_scoring_layers*layer_bytes + 2*config.n_index_rows()*sizeof(float), least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
         if (config.pool_bytes < least_bytes) {
             invalid(format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
                 (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));

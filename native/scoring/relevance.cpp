@@ -45,8 +45,11 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         }
     }
     for (ggml_backend_buffer_type_t buft : bufts) {
-        ggml_init_params params = { 2*specs.size()*ggml_tensor_overhead(), nullptr, true };
+        ggml_init_params params = { (2*specs.size() + 1)*ggml_tensor_overhead(), nullptr, true };
         contexts.emplace_back(ggml_init(params));
+        if (buft == specs[0].buft) {
+            scores = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, n_rows, 2);
+        }
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
                 states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
@@ -212,16 +215,15 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     ggml_tensor * peak  = prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
                                        : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(n_scoring));
 
-    // expanded here, so that a layer's branch runs beside its attention and its memory is free again
+    // Expanded here, so that a layer's branch runs beside its attention and its memory is free again. What outlives it is not
+    // the graph allocator's: it would lie in whatever gap fits, in the reserve's graph beside large tensors of many tokens, in
+    // a short step amid the branch's own room, where the next layer's branch then did not fit.
     mean   = ggml_scale(ctx, mean, 1.0f / float(n_scoring*l.n_head*int64_t(specs.size())));
-    b.mean = b.mean ? ggml_add(ctx, b.mean, mean) : mean;
-    b.peak = b.peak ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, b.peak, peak)), peak) : peak;
+    b.mean = b.mean ? ggml_add_inplace(ctx, b.mean, mean) : ggml_cpy(ctx, mean, ggml_view_1d(ctx, scores, n, 0));
+    b.peak = b.peak ? ggml_add_inplace(ctx, ggml_relu_inplace(ctx, ggml_sub_inplace(ctx, b.peak, peak)), peak)
+                    : ggml_cpy(ctx, peak, ggml_view_1d(ctx, scores, n, scores->nb[1]));
     ggml_build_forward_expand(gf, b.mean);
     ggml_build_forward_expand(gf, b.peak);
-    if (b.n_built == specs.size()) {
-        ggml_set_output(b.mean);
-        ggml_set_output(b.peak);
-    }
 }
 
 } // namespace asrkf

@@ -110,6 +110,7 @@ private:
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
     std::vector<state>                   states; // by scoring layer
+    ggml_tensor *                        scores = nullptr; // F32 [n_rows, 2], with the first layer: the branch's mean and peak
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
     size_t                               n_bytes = 0;
 };
