@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
 from asrkf_gguf import FreezeConfig, _native
 from asrkf_gguf.config import POLICIES
 
-ROOT = Path(__file__).resolve().parent.parent
-
 
 def test_the_dataclass_has_exactly_the_keys_of_the_table():
     assert [field.name for field in dataclasses.fields(FreezeConfig)] == ["policy", *(row["name"] for row in _native.config_table())]
-
-
-def test_readme_documents_every_key_and_policy():
-    readme = (ROOT / "README.md").read_text()
-    for row in _native.config_table():
-        assert f"`{row['name']}`" in readme, row["name"]
-    for policy in POLICIES:
-        assert f"`{policy}`" in readme, policy
 
 
 def test_policies_are_in_the_order_of_the_c_enum():

@@ -37,7 +37,7 @@ PYTHON = {
     "bench.process": set(),  # upstream's side must not load our library
     "bench.speed": {"bench.records", "bench.sides", "stats", "texts"},
     "bench.tables": {"bench.records", "stats"},
-    "bench.plots": {"bench.measure", "bench.quality", "bench.records", "bench.sides", "stats", "texts"},
+    "bench.plots": {"bench.measure", "bench.records", "bench.sides", "bench.tables", "stats", "texts"},
     "bench.command": {"bench.needles", "bench.plots", "bench.quality", "bench.sides", "bench.speed", "bench.tables", "models", "texts"},
     "bench": {"bench.command", "bench.records"},
     "serve": {"_compat", "_native", "config", "llama", "models", "stats"},

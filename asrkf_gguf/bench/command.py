@@ -12,7 +12,7 @@ from .plots import plot
 from .quality import quality
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, tables_of_quality
+from .tables import table, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
     if in_checkout:
         _add_speed(add("speed", "decoding at a depth: ours, upstream's full cache, and upstream with n_ctx = pool", speed), depth=7680, rounds=9)
         _add_speed(add("prefill", "reading a prompt, and peak resident bytes: ours and upstream's full cache", prefill), depth=8000, rounds=3)
-        add("table", "the newest row of each figure of speed and prefill as the table that README shows", table)
+        add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
+        add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:

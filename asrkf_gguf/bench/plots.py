@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -12,9 +13,9 @@ from tqdm import tqdm
 from ..stats import MIB
 from ..texts import load_texts
 from .measure import cut_passages, feed, last_logits
-from .quality import pooled
 from .records import results_file
 from .sides import config_text, open_side, parse_side
+from .tables import Loss, losses
 
 
 def plot(arguments: argparse.Namespace) -> int:
@@ -25,37 +26,64 @@ def plot(arguments: argparse.Namespace) -> int:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure = plot_run(pyplot, arguments) if arguments.run else plot_quality(pyplot, arguments)
+    rows = arguments.rows or results_file("quality.csv")
+    figure = plot_run(pyplot, arguments) if arguments.run else plot_quality(pyplot, rows)
     path = arguments.out or results_file("run.png" if arguments.run else "quality.png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    # a picture of rows names them, so that a test can tell one that is out of date
+    names = {"Source": f"sha256 {hashlib.sha256(rows.read_bytes()).hexdigest()}"} if path.suffix == ".png" and not arguments.run else None
+    figure.savefig(path, dpi=150, metadata=names)
     print(path)
     return 0
 
 
-def plot_quality(pyplot: Any, arguments: argparse.Namespace) -> Any:
-    """Mean KL over device bytes, one panel a length, from the newest row of each side, length and text."""
-    source = arguments.rows or results_file("quality.csv")
+KINDS = {"upstream's cache": "s", "ours": "o", "control": "^"}  # and their markers
+
+
+def kind_of(loss: Loss) -> str:
+    if loss.policy == "full":
+        return "upstream's cache"
+    return "ours" if loss.policy == "asrkf" else "control"
+
+
+def colours(matplotlib: Any, n: int) -> list[Any]:
+    """One for each side, none twice."""
+    few = matplotlib.colormaps["tab20"].colors
+    few = [*few[::2], *few[1::2]]  # the strong ones first
+    return few[:n] if n <= len(few) else [matplotlib.colormaps["turbo"](i / (n - 1)) for i in range(n)]
+
+
+def plot_quality(pyplot: Any, source: Path) -> Any:
+    """Mean KL over device bytes, one panel a length; bars are standard errors. The newest row of each side, length and text."""
+    import matplotlib
+
     if not source.exists():
         raise ValueError(f"{source} does not exist: run the quality bench first, or name a file with --rows")
-    with source.open(newline="") as file:
-        lines = [line for line in pooled(csv.DictReader(file)) if line["kl"] > 0]  # the reference has none
-    lengths = sorted({line["length"] for line in lines})
-    if not lengths:
+    found = [loss for loss in losses(source) if loss.mean("kl_mean") > 0]  # the reference has none
+    if not found:
         raise ValueError(f"{source} has no row besides the reference's: run the quality bench with more sides")
-    figure, axes = pyplot.subplots(1, len(lengths), figsize=(4 * len(lengths) + 2, 5), squeeze=False, sharey=True, layout="constrained")
-    sides = list(dict.fromkeys(line["side"] for line in sorted(lines, key=lambda line: line["kl"])))
-    markers = {side: ("osD^v"[i // 10 % 5], f"C{i % 10}") for i, side in enumerate(sides)}
+    by_length = {length: [loss for loss in found if loss.length == length] for length in sorted({loss.length for loss in found})}
+    kinds = {loss.side: kind_of(loss) for loss in found}
+    # in the legend by kind, the plain ones first; found has the best first
+    sides = [side for kind in KINDS for side in sorted(kinds, key=lambda side: side.count("=")) if kinds[side] == kind]
+    colour = dict(zip(sides, colours(matplotlib, len(sides)), strict=True))
+    widths = [1 + min(1, len(panel) / 8) for panel in by_length.values()]
+    figure, axes = pyplot.subplots(
+        1, len(by_length), figsize=(2.6 * sum(widths) + 3, 5.5), width_ratios=widths, squeeze=False, sharey=True, layout="constrained"
+    )
     drawn: dict[str, Any] = {}
-    for axis, length in zip(axes[0], lengths, strict=True):
-        for line in lines:
-            if line["length"] == length:
-                marker, colour = markers[line["side"]]
-                drawn[line["side"]] = axis.plot(line["device_bytes"] / MIB, line["kl"], marker, color=colour)[0]
-        axis.set(yscale="log", xlabel="KV and index on the device, MiB", title=f"{length} tokens", xlim=(0, None))
+    for axis, (length, panel) in zip(axes[0], by_length.items(), strict=True):
+        for loss in panel:
+            drawn[loss.side] = axis.errorbar(
+                loss.device_bytes / MIB, loss.mean("kl_mean"), loss.kl_error, fmt=KINDS[kinds[loss.side]], color=colour[loss.side],
+                markersize=5, capsize=3, label=loss.side,
+            )  # fmt: skip
+        most = max(loss.device_bytes for loss in panel) / MIB
+        axis.set(yscale="log", xlabel="KV and index on the device, MiB", title=f"{length} tokens", xlim=(0, 1.08 * most))
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="mean KL to the full F16 cache, nats")
-    figure.legend([drawn[side] for side in sides], sides, loc="outside right upper")
+    title = "squares: upstream's cache\ncircles: ours\ntriangles: controls"
+    figure.legend([drawn[side] for side in sides], sides, loc="outside right upper", title=title, alignment="left")
     return figure
 
 
