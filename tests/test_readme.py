@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import csv
 import hashlib
 import re
@@ -11,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from asrkf_gguf import FreezeConfig, _native
+import asrkf_gguf
+from asrkf_gguf import FreezeConfig, _native, bench, cli
 from asrkf_gguf.config import POLICIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,6 +149,41 @@ def test_none_of_llama_cpps_own_tests_failed_when_they_ran_last():
 def test_scripts_and_files_that_a_page_names_exist(page):
     for name in set(re.findall(r"(?<![\w/.])(?:scripts|tests|results|patches|native|asrkf_gguf)/[\w./]*\w", page.read_text())):
         assert (ROOT / name).exists(), name
+
+
+def parsers(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.ArgumentParser]:
+    """A parser and those of its commands, by what one types."""
+    found = {name: parser}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command, child in action.choices.items():
+                found |= parsers(child, f"{name} {command}")
+    return found
+
+
+@in_every_page
+def test_commands_have_the_options_that_a_page_gives_them(page):
+    bench_parser = argparse.ArgumentParser()
+    bench.add_arguments(bench_parser, in_checkout=True)
+    known = parsers(cli.make_parser(serves=True), "asrkf") | parsers(bench_parser, "scripts/bench")
+    text = re.sub(r"\\\n *", "", page.read_text())
+    for line in re.findall(r"^(?: {4}|\w+=\S+ )*((?:asrkf|scripts/bench) [^\n]*)|`((?:asrkf|scripts/bench) [^`]*)`", text, re.M):
+        for command in "".join(line).split("#")[0].split(" ; "):
+            words = command.split()
+            while words and " ".join(words) not in known:
+                words.pop()
+            parser = known[" ".join(words)]
+            assert len(words) > 1, command
+            for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", command):
+                assert {option, option.replace("-", "_").replace("__", "--", 1)} & set(parser._option_string_actions), f"{command}: {option}"
+
+
+@in_every_page
+def test_python_examples_are_python(page):
+    for code in re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module == "asrkf_gguf":
+                assert {name.name for name in node.names} <= set(asrkf_gguf.__all__)
 
 
 def slug(head: str) -> str:
