@@ -151,6 +151,16 @@ def test_scripts_and_files_that_a_page_names_exist(page):
         assert (ROOT / name).exists(), name
 
 
+def test_internals_of_llama_cpp_that_are_listed_are_used():
+    """Of patches/README.md's table: a row whose internal is no longer used must go."""
+    table = (ROOT / "patches/README.md").read_text().split("\n## Internals")[1]
+    code = "".join(path.read_text() for kind in ("h", "cpp") for path in (ROOT / "native").rglob(f"*.{kind}"))
+    names = [name for line in table.splitlines() if line.startswith("| `") for name in re.findall(r"[\w:]+(?=`)", line.split("|")[1])]
+    assert len(names) > 20
+    for name in names:
+        assert re.search(rf"\b{name.split('::')[-1]}\b", code), name
+
+
 def parsers(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.ArgumentParser]:
     """A parser and those of its commands, by what one types."""
     found = {name: parser}
