@@ -102,15 +102,15 @@ def plot_run(pyplot: Any, arguments: argparse.Namespace) -> Any:
         config = config_text(llm)
     ends = [step["pos"] + step["n_tokens"] for step in trace.steps]
     has_entropy = bool(trace.steps) and "entropy" in trace.steps[0]
-    figure, axes = pyplot.subplots(1 + has_entropy, 1, figsize=(9, 4 + 2 * has_entropy), sharex=True, squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1 + has_entropy, 1, figsize=(9, 4 + 2 * has_entropy), squeeze=False, layout="constrained")
     cells = [[step[key] for step in trace.steps] for key in ("active_cells", "frozen_cells")]
     axes[0][0].stackplot(ends, *cells, labels=["active", "frozen"], alpha=0.8)
     axes[0][0].axvline(len(tokens), color="black", linestyle=":", label="generation begins")
-    axes[0][0].set(ylabel="tokens", title="\n".join(config[i : i + 110] for i in range(0, len(config), 110)))
-    axes[0][0].title.set_fontsize(7)
+    axes[0][0].set(ylabel="tokens, mean over the layers", title=f"{arguments.model.name}, {name}: {config.split(',layers')[0]}")
     axes[0][0].legend(loc="upper left")
-    if has_entropy:
-        axes[1][0].plot(ends, [step["entropy"] for step in trace.steps], linewidth=0.8)
-        axes[1][0].set(ylabel="entropy, nats")
-    axes[-1][0].set(xlabel="position")
+    if has_entropy:  # of what was generated: a prompt's outputs are not looked at
+        outputs = [(step["pos"], step["entropy"]) for step in trace.steps if step["pos"] >= len(tokens)]
+        axes[1][0].plot(*zip(*outputs, strict=True), linewidth=0.8)
+        axes[1][0].set(ylabel="entropy of the output, nats", xlabel="position, from where generation begins")
+    axes[0][0].set(xlabel="position")
     return figure
