@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import csv
+import dataclasses
 import hashlib
 import re
 import subprocess
@@ -284,6 +285,12 @@ def test_every_policy_is_documented():
     text = (ROOT / "docs/policy.md").read_text()
     for policy in (*POLICIES, "aggressive", "default", "quality"):
         assert re.search(rf"^\|[^|]*`{policy}`", text, re.M), policy
+
+
+def test_figures_that_the_guide_explains_exist():
+    table = (ROOT / "docs/guide.md").read_text().split("\n## What the figures mean\n")[1].split("\n## ")[0]
+    names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    assert len(names) > 15 and set(names) <= {field.name for field in dataclasses.fields(asrkf_gguf.KVStats)}
 
 
 # language
