@@ -104,6 +104,13 @@ def format_config(config: Any) -> str:
     return ffi.string(out).decode()
 
 
+def default_score_layers(n_layers: int) -> list[int]:
+    """Which of so many layers score where that was not measured; ValueError without any."""
+    out, n = ffi.new("uint32_t[]", n_layers or 1), ffi.new("size_t *")
+    check(lib.asrkf_default_score_layers(n_layers, out, n_layers, n))
+    return list(out[0 : n[0]])
+
+
 def config_table() -> list[dict[str, Any]]:
     """The rows of the configuration table: name, kind, choices, minimum, maximum, doc."""
     rows = []

@@ -34,7 +34,6 @@ from .texts import topics
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool
 SCORER_TOKENS = 2048  # read to compare scoring layers: fewer leave budgets of one or two LEAST_CELLS
-SCORER_DEPTHS = (0.2, 0.45, 0.7, 0.95)  # where the search begins: default_scoring_layers() in native/budgets.cpp
 
 
 def fingerprint(model: Any) -> str:
@@ -130,7 +129,7 @@ def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, cells:
 def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, Any], n_layers: int) -> tuple[list[int], list[dict[str, Any]]]:
     """The layers, and every set that was tried with its divergence in nats."""
     tokens, skip = cut(text, SCORER_TOKENS)
-    chosen = sorted({int(depth * (n_layers - 1) + 0.5) for depth in SCORER_DEPTHS})
+    chosen = _native.default_score_layers(n_layers)
     tried: dict[tuple[int, ...], float] = {}
     n = len(chosen)
     # a quarter's layers, and where the search begins, which in a small model may lie beside it

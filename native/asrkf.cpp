@@ -2,9 +2,11 @@
 #include "asrkf.h"
 
 #include "llama/engine.h"
+#include "policy/budgets.h"
 #include "policy/config.h"
 #include "policy/entropy.h"
 
+#include <algorithm>
 #include <cstring>
 
 #ifndef ASRKF_VERSION
@@ -152,6 +154,19 @@ enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char
             throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
         }
         std::memcpy(out, text.c_str(), text.size() + 1);
+    });
+}
+
+enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, size_t capacity, size_t * out_n) {
+    return guarded([&] {
+        need(out, "out");
+        need(out_n, "out_n");
+        if (n_layers == 0) {
+            throw error(ASRKF_INVALID_ARGUMENT, "n_layers is 0");
+        }
+        const std::vector<uint32_t> layers = default_scoring_layers(n_layers);
+        std::copy_n(layers.begin(), std::min(capacity, layers.size()), out);
+        *out_n = layers.size();
     });
 }
 

@@ -1,6 +1,8 @@
-"""One prompt of about 6,000 tokens and a question about it, read by upstream's full cache and by a pool of a quarter.
+"""A text of about 6,000 tokens with one fact planted in it, and a question about that fact at its end: read and answered by
+upstream's full cache and by a pool of a quarter. In the pool the fact lies far outside the window, so it is frozen while
+the text is read, and must be recalled to be answered.
 
-    scripts/demo [MODEL.gguf | smollm2 | hf:OWNER/REPO/FILE.gguf] [--text FILE] [--question Q] [--pool 2048]
+    scripts/demo [MODEL.gguf | smollm2 | hf:OWNER/REPO/FILE.gguf] [--text FILE] [--fact F --question Q] [--depth 0.4] [--pool 2048]
 """
 
 from __future__ import annotations
@@ -8,7 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+
+from tabulate import tabulate
 
 from asrkf_gguf import KVStats, Llama, resolve_model
 from asrkf_gguf.cli import pool_size, prompt_progress
@@ -16,19 +21,90 @@ from asrkf_gguf.stats import MIB
 from asrkf_gguf.texts import topics
 
 N_CTX = 8192
+TEXT_TOKENS = 5900
+FACT = "The telephone number of the Lindholm lighthouse is 48291. The lighthouse keeper of Lindholm answers at 48291."
+QUESTION = "What is the telephone number of the Lindholm lighthouse?"
 
 
-def read_and_answer(label: str, model: str, prompt: list[int], max_tokens: int, **cache: object) -> tuple[str, dict[str, float], KVStats]:
-    """The answer (greedy), seconds and rates, and the cache's stats."""
+@dataclass
+class Prompt:
+    """The parts of the prompt as tokens; the fact's positions are [begin, end)."""
+
+    before: list[int]
+    fact: list[int]
+    after: list[int]
+    question: list[int]
+
+    @property
+    def begin(self) -> int:
+        return len(self.before)
+
+    @property
+    def end(self) -> int:
+        return len(self.before) + len(self.fact)
+
+
+def make_prompt(model: str, text: str, fact: str, question: str, depth: float) -> Prompt:
+    """The text with the fact after the first sentence that ends behind `depth` of it, then the question."""
+    llm = Llama(model, n_ctx=256, verbose=False)
+
+    def tokens(part: str, add_bos: bool = False, special: bool = False) -> list[int]:
+        return llm.tokenize(part.encode(), add_bos=add_bos, special=special)
+
+    shown = llm.detokenize(tokens(text[: 12 * TEXT_TOKENS])[:TEXT_TOKENS]).decode(errors="ignore")
+    at = shown.find(". ", int(depth * len(shown))) + 1
+    head, tail = tokens("", add_bos=True), tokens(f"\n\nQuestion: {question}\nAnswer:")
+    if "smollm" in model.lower():  # its chat template
+        head = tokens("<|im_start|>user\n", special=True)
+        tail = tokens(f"\n\n{question}<|im_end|>\n<|im_start|>assistant\n", special=True)
+    prompt = Prompt([*head, *tokens(shown[:at])], tokens(f" {fact}"), tokens(shown[at:]), tail)
+    llm.close()
+    return prompt
+
+
+@dataclass
+class Run:
+    """What one side did."""
+
+    answer: str
+    prefill_rate: float
+    decode_rate: float
+    fact_before: str
+    """How many of the fact's tokens were frozen before the last batch of the prompt, and when it had been read."""
+    fact_after: str
+    stats: KVStats
+
+
+def frozen_part(llm: Llama, prompt: Prompt) -> str:
+    """Of the fact's tokens in all layer groups, how many are frozen."""
+    groups = llm.kv_stats().groups
+    states = [llm.kv_tokens(group=index) for index in range(len(groups))]
+    frozen = sum(state == "frozen" for tokens in states for _, state in tokens[prompt.begin : prompt.end])
+    total = len(states) * len(prompt.fact)
+    return f"{frozen / total:.0%} frozen" if total else "active"
+
+
+def read_and_answer(label: str, model: str, prompt: Prompt, max_tokens: int, **cache: object) -> Run:
+    """One side: reads text and question, answers with one line, greedily."""
     llm = Llama(model, n_ctx=N_CTX, n_gpu_layers=-1, n_threads=None, verbose=False, seed=1, **cache)
-    prompt_progress(llm, f"  {label} reads {len(prompt)} tokens")
+    whole = [*prompt.before, *prompt.fact, *prompt.after, *prompt.question]
+    fact = []  # after each batch
+    prompt_progress(llm, f"  {label} reads {len(whole)} tokens")
+    show = llm.progress
+
+    def progress(done: int, total: int) -> None:
+        show(done, total)
+        if done >= prompt.end:
+            fact.append(frozen_part(llm, prompt))
+
+    llm.progress = progress
     began = time.perf_counter()
-    llm.eval(prompt)
+    llm.eval(whole)
     read = time.perf_counter()
     tokens: list[int] = []
     while len(tokens) < max_tokens:
-        token = llm.sample(temp=0.0, repeat_penalty=1.1)
-        if token == llm.token_eos():
+        token = llm.sample(temp=0.0)
+        if token == llm.token_eos() or b"\n" in llm.detokenize([token]):  # a small model says a right answer twice
             break
         tokens.append(token)
         llm.eval([token])
@@ -36,54 +112,48 @@ def read_and_answer(label: str, model: str, prompt: list[int], max_tokens: int, 
     stats = llm.kv_stats()
     answer = llm.detokenize(tokens).decode(errors="replace").strip()
     llm.close()
-    rates = {"prefill": len(prompt) / (read - began), "decode": len(tokens) / (done - read)}
-    return answer, rates, stats
+    return Run(answer, len(whole) / (read - began), len(tokens) / (done - read), fact[-2], fact[-1], stats)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--text", type=Path, help="a text file; default: Python's language reference, from the standard library")
-    parser.add_argument("--question", default="What does the assert statement do, and when is it switched off?")
+    parser.add_argument("--fact", default=FACT, help="what is planted in the text")
+    parser.add_argument("--question", default=QUESTION, help="what is asked at its end")
+    parser.add_argument("--depth", type=float, default=0.4, help="where the fact stands, 0 (begin) to 1 (end); default 0.4")
     parser.add_argument("--pool", type=pool_size, default=2048, help="cells, part of n_ctx (0.25) or bytes (45MiB)")
     parser.add_argument("--max-tokens", type=int, default=120)
     arguments = parser.parse_args()
 
     model = str(resolve_model(arguments.model))
     text = arguments.text.read_text() if arguments.text else topics()
-    vocabulary = Llama(model, n_ctx=256, verbose=False)
-    about = vocabulary.tokenize(text[:60000].encode(), add_bos=False)[:5900]
-    head, tail = "", f"\n\nQuestion: {arguments.question}\nAnswer:"
-    if "smollm" in model.lower():  # its chat template, around a prompt that is cut by tokens
-        head, tail = "<|im_start|>user\n", f"\n\n{arguments.question}<|im_end|>\n<|im_start|>assistant\n"
-    prompt = [
-        *vocabulary.tokenize(head.encode(), add_bos=not head, special=True), *about,
-        *vocabulary.tokenize(tail.encode(), add_bos=False, special=True),
-    ]
-    vocabulary.close()
-
-    print(f"{Path(model).name}: a text of {len(about)} tokens, and then: {arguments.question}")
+    prompt = make_prompt(model, text, arguments.fact, arguments.question, arguments.depth)
+    n_text = prompt.end + len(prompt.after)
+    print(f"{Path(model).name} reads a text of {n_text} tokens. At positions {prompt.begin} to {prompt.end - 1} it says:")
+    print(f"  {arguments.fact}\nThen it is asked:\n  {arguments.question}")
     sides = {
         "upstream's full cache": {"kv_policy": "full"},
         f"asrkf, pool {arguments.pool}": {"kv_policy": "asrkf", "kv_pool": arguments.pool},
     }
-    results = {name: read_and_answer(name, model, prompt, arguments.max_tokens, **cache) for name, cache in sides.items()}
-    for name, (answer, _, _) in results.items():
-        print(f"\n[{name}]\n{answer}")
-
-    def row(label: str, value: object) -> None:
-        print(f"{label:<26}" + "".join(f"{value(rates, stats):>24}" for _, rates, stats in results.values()))
-
-    print("\n" + " " * 26 + "".join(f"{name:>24}" for name in results))
-    row("context, tokens", lambda _, s: s.tokens)
-    row("pool, cells", lambda _, s: s.pool_cells)
-    row("device KV, MiB", lambda _, s: f"{s.device_kv_bytes / MIB:.1f}")
-    row("device index, MiB", lambda _, s: f"{s.device_index_bytes / MIB:.1f}")
-    row("host KV, MiB", lambda _, s: f"{s.host_kv_bytes / MIB:.1f}")
-    row("prefill, tok/s", lambda r, _: f"{r['prefill']:.0f}")
-    row("decode, tok/s", lambda r, _: f"{r['decode']:.1f}")
-    row("frozen cells", lambda _, s: s.frozen_cells)
-    row("restores", lambda _, s: sum(s.restores_total.values()))
+    runs = {name: read_and_answer(name, model, prompt, arguments.max_tokens, **cache) for name, cache in sides.items()}
+    for name, run in runs.items():
+        print(f"\n[{name}]\n{run.answer}")
+    figures = {
+        "context, tokens": lambda run: run.stats.tokens,
+        "pool, cells": lambda run: run.stats.pool_cells,
+        "the fact, before the question": lambda run: run.fact_before,
+        "the fact, at the question": lambda run: run.fact_after,
+        "device KV, MiB": lambda run: f"{run.stats.device_kv_bytes / MIB:.1f}",
+        "device index, MiB": lambda run: f"{run.stats.device_index_bytes / MIB:.1f}",
+        "host KV, MiB": lambda run: f"{run.stats.host_kv_bytes / MIB:.1f}",
+        "prefill, tok/s": lambda run: f"{run.prefill_rate:.0f}",
+        "decode, tok/s": lambda run: f"{run.decode_rate:.1f}",
+        "frozen cells": lambda run: run.stats.frozen_cells,
+        "restores": lambda run: sum(run.stats.restores_total.values()),
+    }
+    print()
+    print(tabulate([[label, *map(figure, runs.values())] for label, figure in figures.items()], ["", *runs], disable_numparse=True))
     return 0
 
 

@@ -47,7 +47,8 @@ PYTHON = {
 
 
 def native_files() -> list[Path]:
-    return sorted(path for path in (ROOT / "native").rglob("*.[ch]*") if path.suffix in (".h", ".cpp") and "cmake" not in path.parts and "include" not in path.parts)
+    files = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".h", ".cpp"))
+    return sorted(path for path in files if not {"cmake", "include"} & set(path.parts))
 
 
 def room_of(path: Path) -> str:
@@ -66,7 +67,8 @@ def test_native_files_include_only_what_lies_below_them():
     for path in native_files():
         seen.add(room_of(path))
         for name in includes_of(path):
-            kind = "ggml" if re.fullmatch(r"ggml[\w-]*\.h", name) else "llama-" if name.startswith("llama-") else name.split("/")[0] if "/" in name and name[0] != "<" else name
+            folder = name.split("/")[0] if name[0] != "<" else name
+            kind = "ggml" if re.fullmatch(r"ggml[\w-]*\.h", name) else "llama-" if name.startswith("llama-") else folder
             assert {kind, name} & NATIVE[room_of(path)], f"{path.relative_to(ROOT)} includes {name}"
     assert seen == set(NATIVE)
 
@@ -102,7 +104,8 @@ def functions_of(path: Path) -> list[tuple[str, int]]:
     found, begin = [], None
     lines = path.read_text().splitlines()
     for number, line in enumerate(lines):
-        if begin is None and re.match(r"\w.*\(", line) and not re.match(r"(namespace|struct|class|enum|using|extern)\b", line) and not line.endswith((";", "}")):
+        is_other = re.match(r"(namespace|struct|class|enum|using|extern)\b", line) or line.endswith((";", "}"))
+        if begin is None and re.match(r"\w.*\(", line) and not is_other:
             begin = number
         elif line == "}" and begin is not None:
             found.append((lines[begin], number - begin + 1))

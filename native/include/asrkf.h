@@ -216,6 +216,10 @@ ASRKF_API enum asrkf_status asrkf_set_host_limit(struct llama_context * ctx, uin
 /* Name of a model by shape and weights, for the side file of a calibration; size includes the final NUL (64 is enough). */
 ASRKF_API enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size);
 
+/* Which of n_layers layers score where that was not measured (score_layers=auto without a calibration), into out; out_n: how
+ * many there are. Writes none beyond capacity. */
+ASRKF_API enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, size_t capacity, size_t * out_n);
+
 /* Shannon entropy in nats of softmax(logits). */
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 

@@ -57,7 +57,12 @@ std::vector<layer_budget> budgets_of(const settings & config, const llama_memory
 
 // As asked for, as measured, or by depth.
 std::vector<uint32_t> choose_scoring_layers(const settings & config, const std::vector<layer_budget> & layers, const std::vector<uint32_t> & measured) {
-    std::vector<uint32_t> chosen = measured.empty() ? default_scoring_layers(layers) : measured;
+    std::vector<uint32_t> chosen = measured;
+    if (chosen.empty()) {
+        for (const uint32_t i : default_scoring_layers(uint32_t(layers.size()))) {
+            chosen.push_back(layers[i].il);
+        }
+    }
     const char * source = "calibration", * text = config.calibration;
     const bool is_auto = std::strcmp(config.score_layers, "auto") == 0;
     if (!is_auto) {

@@ -90,12 +90,12 @@ std::vector<group_budget> split_two(const std::vector<layer_budget> & layers, ui
     return best.groups;
 }
 
-std::vector<uint32_t> default_scoring_layers(const std::vector<layer_budget> & layers) {
+std::vector<uint32_t> default_scoring_layers(uint32_t n_layers) {
     std::vector<uint32_t> chosen;
     for (const double depth_ratio : { 0.2, 0.45, 0.7, 0.95 }) {
-        const uint32_t il = layers[size_t(depth_ratio*double(layers.size() - 1) + 0.5)].il;
-        if (chosen.empty() || chosen.back() != il) {
-            chosen.push_back(il);
+        const uint32_t i = uint32_t(depth_ratio*double(n_layers - 1) + 0.5);
+        if (chosen.empty() || chosen.back() != i) {
+            chosen.push_back(i);
         }
     }
     return chosen;

@@ -84,6 +84,12 @@ TEST(too_small, "a pool too small to be split is the same for all layers") {
     CHECK(groups.size() == 1 && groups[0].pool_cells == 256 && groups[0].layers.size() == 2);
 }
 
+TEST(scorers, "four layers by depth score where that was not measured, fewer in a model that has fewer") {
+    CHECK((default_scoring_layers(30) == std::vector<uint32_t> { 6, 13, 20, 28 }));
+    CHECK((default_scoring_layers(2) == std::vector<uint32_t> { 0, 1 }));
+    CHECK((default_scoring_layers(1) == std::vector<uint32_t> { 0 }));
+}
+
 TEST(side_file, "a side file is read, and anything else is refused with its path") {
     const std::string path = "calibration_of_test.json";
     const auto write = [&](const std::string & text) { std::ofstream(path) << text; };

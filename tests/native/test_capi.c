@@ -16,6 +16,7 @@ static void check(int condition, const char * what) {
 }
 
 int main(void) {
+    uint32_t layers[4] = { 0 };
     struct asrkf_config config, untouched;
     struct asrkf_stats stats;
     struct asrkf_field field;
@@ -55,6 +56,8 @@ int main(void) {
     check(asrkf_pin(NULL, 0, 0, 1) == ASRKF_INVALID_ARGUMENT, "pin on NULL");
     check(asrkf_get_tokens(NULL, 0, 0, NULL, NULL, 0, &n) == ASRKF_INVALID_ARGUMENT, "tokens of NULL");
     check(asrkf_trace(NULL, NULL, 0) == ASRKF_INVALID_ARGUMENT, "trace of NULL");
+    check(asrkf_default_score_layers(30, layers, 2, &n) == ASRKF_OK && n == 4 && layers[0] == 6 && layers[1] == 13 && layers[2] == 0, "layers that score");
+    check(asrkf_default_score_layers(0, layers, 4, &n) == ASRKF_INVALID_ARGUMENT, "layers of no model");
     asrkf_clear_error();
     check(asrkf_last_error()[0] == 0, "a cleared error");
     printf("%d passed, %d failed\n", n_passed, n_failed);

@@ -1,0 +1,20 @@
+"""The README's first command says what it shows: a fact that was frozen is recalled and answered."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+DEMO = Path(__file__).resolve().parent.parent / "scripts" / "demo.py"
+
+
+def test_the_demo_freezes_a_fact_recalls_it_and_answers_as_the_full_cache_does(smollm2: str):
+    out = subprocess.run([sys.executable, str(DEMO), smollm2], capture_output=True, text=True, check=True).stdout
+    full, pooled = (out.split(f"[{side}]\n")[1].split("\n")[0] for side in ("upstream's full cache", "asrkf, pool 2048"))
+    assert full == pooled and "48291" in full
+    end = int(re.search(r"At positions \d+ to (\d+) it says", out)[1])
+    assert end < 5900 - 1024  # the window is half of the pool: the fact is far outside
+    before, after = (int(re.search(rf"the fact, {when} the question +active +(\d+)% frozen", out)[1]) for when in ("before", "at"))
+    assert before > 30 and after < before / 4
