@@ -128,10 +128,10 @@ def answer_errors(answer: Callable[[Exception], Optional[tuple[int, dict[str, An
     def wrapper(self: Any, error: Exception, body: Any = None) -> Any:
         return answer(error) or others(self, error, body)
 
-    RouteErrorHandler.error_message_wrapper = wrapper
+    setattr(RouteErrorHandler, "error_message_wrapper", wrapper)  # noqa: B010  a method: a plain assignment is no valid type
 
 
-def answer_to(error: BaseException, body: Any) -> tuple[int, Any]:
+def answer_to(error: Exception, body: Any) -> tuple[int, Any]:
     """Status and content with which llama_cpp.server answers an error of a request."""
     from llama_cpp.server import app, errors
 

@@ -113,7 +113,7 @@ def default_score_layers(n_layers: int) -> list[int]:
 
 def config_table() -> list[dict[str, Any]]:
     """The rows of the configuration table: name, kind, choices, minimum, maximum, doc."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     row = struct("asrkf_field")
     while lib.asrkf_config_field(len(rows), row) == KVStatus.OK:
         text = {key: ffi.string(getattr(row, key)).decode() for key in ("name", "kind", "choices", "doc")}

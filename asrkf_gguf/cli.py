@@ -8,7 +8,7 @@ import re
 import sys
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from tqdm import tqdm
 
@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     first: Optional[float] = None
     n_tokens = 0
     options = {"max_tokens": arguments.max_tokens, "temperature": arguments.temperature, "stream": True}
+    pieces: Any  # its type depends on "stream"
     if arguments.chat:
         pieces = llm.create_chat_completion(messages=[{"role": "user", "content": prompt}], **options)
     else:

@@ -10,7 +10,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional, Union, cast
 
 import llama_cpp
 import numpy as np
@@ -135,7 +135,7 @@ class Llama(LlamaBase):
         streams = inspect.signature(super().create_completion).bind(*args, **kwargs).arguments.get("stream", False)
 
         if streams:
-            return self._stream(super().create_completion(*args, **kwargs))
+            return self._stream(cast(Iterator[Any], super().create_completion(*args, **kwargs)))
         with self._completing(whole=True):
             return super().create_completion(*args, **kwargs)
 

@@ -109,12 +109,13 @@ class PolicyProxy(server_model.LlamaProxy):
     """llama_cpp.server's holder of the one model that is loaded, and maker of it; it makes ours."""
 
     @staticmethod
-    def load_llama_from_model_settings(settings: ModelSettings) -> Llama:
-        policy = settings.policy()
+    def load_llama_from_model_settings(settings: server_settings.ModelSettings) -> llama_cpp.Llama:
+        assert isinstance(settings, ModelSettings)  # create_app() gives no others
+        policy: dict[str, Any] = settings.policy()
 
         class PolicyLlama(ServedLlama):
             def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **policy, **kwargs)
+                super().__init__(*args, **{**kwargs, **policy})
 
         if settings.hf_model_repo_id is None:  # else the model is a pattern for files of that repository
             settings = settings.model_copy(update={"model": str(resolve_model(settings.model))})
@@ -186,10 +187,10 @@ class StreamErrors:
             await send(message)
 
 
-def stream_error(error: BaseException, request: bytes) -> tuple[int, Any]:
+def stream_error(error: Exception, request: bytes) -> tuple[int, Any]:
     """Status and content, as llama_cpp.server answers the same error of the same request without streaming."""
-    while getattr(error, "exceptions", None):  # of task groups
-        error = error.exceptions[0]
+    while nested := getattr(error, "exceptions", None):  # of task groups
+        error = nested[0]
     fields = json.loads(request)
     kind = server_types.CreateChatCompletionRequest if "messages" in fields else server_types.CreateCompletionRequest
     return _compat.answer_to(error, kind.model_validate(fields))
@@ -216,7 +217,7 @@ def create_app(server: server_settings.ServerSettings, models: list[ModelSetting
     """llama_cpp.server's app with our model, loaded, and our route; ValueError or OSError with the reason if it cannot be."""
     os.environ.pop("CONFIG_FILE", None)  # read already; the server would read it anew, without our fields
     with _compat.server_makes(PolicyProxy):
-        app = server_app.create_app(server_settings=server, model_settings=models)
+        app = server_app.create_app(server_settings=server, model_settings=list[server_settings.ModelSettings](models))
     app.include_router(router)
     app.user_middleware.append(Middleware(StreamErrors))  # innermost: CORS serves its answers, too
     return app
@@ -253,10 +254,8 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
             raise ValueError("give MODEL: path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
         if arguments.threads:
             arguments.n_threads = arguments.n_threads_batch = arguments.threads
-        return (
-            server_cli.parse_model_from_args(server_settings.ServerSettings, arguments),
-            [server_cli.parse_model_from_args(ModelSettings, arguments)],
-        )
+        parse: Any = server_cli.parse_model_from_args  # it says that it returns the class
+        return parse(server_settings.ServerSettings, arguments), [parse(ModelSettings, arguments)]
     except ValidationError as error:
         found = "; ".join(f"{'.'.join(map(str, line['loc']))}: {line['msg']}" for line in error.errors())
         raise ValueError(f"{file + ': ' if file else ''}{found}") from error

@@ -97,7 +97,7 @@ def read_stats(context: Any) -> KVStats:
         group = _native.struct("asrkf_group_stats")
         _native.check(_native.lib.asrkf_get_group_stats(pointer, index, group))
         groups.append(GroupStats(**{name: getattr(group, name) for name in GroupStats.__dataclass_fields__}))
-    special = {
+    special: dict[str, Any] = {
         "policy": POLICIES[raw.policy],
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
         "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},

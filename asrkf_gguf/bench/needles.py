@@ -128,23 +128,22 @@ def needles(arguments: argparse.Namespace) -> int:
         (length, side, task): run_key(side, length, arguments, task=task, texts=digest, needles=arguments.needles, positions=arguments.positions)
         for length in arguments.length for side in sides for task in tasks
     }  # fmt: skip
-    description, rows = describe(arguments), {}
-    total = sum(length * arguments.needles for (length, _, _), run in runs.items() if not table.find(run))
-    with tqdm(total=total, unit="tok", desc="needles", disable=None) as bar:
+    description = describe(arguments)
+    rows = {key: found for key, run in runs.items() if (found := table.find(run))}
+    with tqdm(total=sum(key[0] * arguments.needles for key in runs if key not in rows), unit="tok", desc="needles", disable=None) as bar:
         for length in arguments.length:
             for side in sides:
-                missing = [task for task in tasks if not table.find(runs[length, side, task])]
-                with contextlib.closing(open_side(side, length, arguments)) if missing else contextlib.nullcontext() as llm:
-                    for task in tasks:
-                        run = runs[length, side, task]
-                        if task in missing:
-                            bar.set_description(f"{side.name} {length} {task}")
-                            figures = run_needles(llm, side, task, texts, length, arguments, bar)
-                            about = {"texts": "+".join(texts), "task": task, "length": length, "side": side.name, "type": side.type}
-                            rows[length, side, task] = {**description, **about, "config": config_text(llm), **figures, "run": run}
-                            table.add(rows[length, side, task])
-                        else:
-                            rows[length, side, task] = table.find(run)
+                missing = [task for task in tasks if (length, side, task) not in rows]
+                if not missing:
+                    continue
+                with contextlib.closing(open_side(side, length, arguments)) as llm:
+                    for task in missing:
+                        bar.set_description(f"{side.name} {length} {task}")
+                        figures = run_needles(llm, side, task, texts, length, arguments, bar)
+                        about = {"texts": "+".join(texts), "task": task, "length": length, "side": side.name, "type": side.type}
+                        row = {**description, **about, "config": config_text(llm), **figures, "run": runs[length, side, task]}
+                        rows[length, side, task] = row
+                        table.add(row)
     lines = []
     for length in arguments.length:
         for side in sides:

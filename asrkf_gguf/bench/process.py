@@ -66,7 +66,7 @@ class Process:
         }  # fmt: skip
         self.options, self.is_ours = options, options["policy"] != "full"
         self.side: Ours | Upstream = (Ours if self.is_ours else Upstream)(options, kwargs)
-        self.llm = self.side.llm
+        self.llm: Any = self.side.llm
         import llama_cpp  # the side's choice of library is made
 
         self.llama_cpp = llama_cpp
