@@ -9,9 +9,10 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
+from conftest import python
 
 from asrkf_gguf import bench, divergence, texts
-from asrkf_gguf.bench import measure, needles, quality, records, sides
+from asrkf_gguf.bench import measure, needles, quality, records, sides, speed
 from asrkf_gguf.bench.sides import Side
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
@@ -248,6 +249,74 @@ def test_needles_are_asked_once_and_fit_the_context(bench_command):
     rows = bench_command(*words)
     assert len(rows) == 3 * 4 and all(row["asked"] == "5" for row in rows) and FakeLlama.read > 0
     assert bench_command(*words) == rows and FakeLlama.read == 0
+
+
+# speed, and pictures: what they do at toy size
+
+def bench_main(*words: object) -> int:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser, in_checkout=True)
+    return bench.main(parser.parse_args([str(word) for word in words]))
+
+
+@pytest.fixture(scope="module")
+def speed_rows(smollm2, upstream_libraries, tmp_path_factory) -> dict[tuple[str, str, str], dict[str, str]]:
+    """Rows by metric, side and what it is compared with: 700 tokens on a pool of 512."""
+    out = tmp_path_factory.mktemp("speed") / "speed.csv"
+    options = ("--model", smollm2, "--depth", 700, "--pool", 512, "--rounds", 1, "--out", out)
+    assert bench_main("speed", "--tokens", 16, *options) == 0
+    assert bench_main("prefill", *options) == 0
+    with out.open() as file:
+        return {(row["metric"], row["side"], row["against"]): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.upstream
+def test_speed_compares_ours_with_both_of_upstreams_sides(speed_rows):
+    full, limit = "upstream full", "upstream n_ctx=pool"
+    rate = {side: float(speed_rows["decode", side, ""]["value"]) for side in (full, limit)}
+    for side in (full, limit):
+        ours = speed_rows["decode", "ours", side]
+        assert float(ours["ratio"]) == pytest.approx(float(ours["value"]) / rate[side], rel=1e-3)  # of one round
+    assert "pool=512" in ours["config"] and "n_ctx=8192" in ours["config"] and float(speed_rows["moved a token", "ours", ""]["value"]) > 0
+    assert "n_ctx=512 " in speed_rows["decode", limit, ""]["config"] and "asrkf" not in speed_rows["decode", limit, ""]["config"]
+    assert 0 < float(speed_rows["policy, moves, read-back", "ours", ""]["value"]) < 100
+
+
+@pytest.mark.upstream
+def test_prefill_reports_bytes_of_both_processes(speed_rows):
+    def mebibytes(metric: str, side: str, against: str = "") -> float:
+        return float(speed_rows[metric, side, against]["value"])
+
+    full = "upstream full"
+    assert mebibytes("device KV", full) == pytest.approx(8192 * 23040 / (1 << 20), rel=1e-3)  # from upstream's log
+    assert mebibytes("device KV", "ours", full) == pytest.approx(512 * 23040 / (1 << 20), rel=1e-3)
+    assert mebibytes("host KV", "ours") >= (700 - 512) * 23040 / (1 << 20) and mebibytes("host KV", full) == 0
+    for side, against in ((full, ""), ("ours", full)):
+        assert float(speed_rows["prefill", side, against]["value"]) > 0
+        assert mebibytes("peak resident", side, against) > 90  # the model's file alone is in it
+
+
+@pytest.mark.upstream
+def test_a_side_that_dies_is_an_error_with_its_name(upstream_libraries, tmp_path):
+    arguments = argparse.Namespace(model=tmp_path / "nothing.gguf", threads=1)
+    with pytest.raises(RuntimeError, match="the side mine died"):
+        speed.SideProcess(Side("mine"), 100, "text", arguments)
+
+
+def test_pictures_are_drawn_of_a_run_and_of_the_committed_rows(smollm2, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text[:40000])
+    given = ("--model", smollm2, "--text", f"topics={tmp_path / 'text.txt'}")
+    assert bench_main("plot", "--run", *given, "--length", 1024, "--positions", 16, "--pool", 512, "--out", tmp_path / "run.png") == 0
+    assert bench_main("plot", "--out", tmp_path / "quality.png") == 0
+    for name in ("run.png", "quality.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and (tmp_path / name).stat().st_size > 10000
+
+
+def test_without_the_benchs_packages_the_error_names_them():
+    code = "import sys; sys.modules['tabulate'] = None; from asrkf_gguf.cli import main; sys.exit(main(%r))"
+    result = python(code % ["bench", "quality"])
+    assert (result.returncode, result.stderr) == (1, 'asrkf bench: the package tabulate is missing: pip install "asrkf-gguf[bench]"\n')
+    assert "calibrate" in python(code % ["--help"]).stdout  # all other commands do without
 
 
 # texts and needles
