@@ -162,6 +162,25 @@ def test_internals_of_llama_cpp_that_are_listed_are_used():
         assert re.search(rf"\b{name.split('::')[-1]}\b", code), name
 
 
+def table_under(page: Path, head: str) -> list[list[str]]:
+    lines = page.read_text().split(f"\n## {head}")[1].split("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")][2:]
+
+
+def test_the_files_to_open_hold_what_is_said_of_them():
+    """Of architecture.md's tables: a name in brackets after a file is in that file, and each file of native/llama/ has its row."""
+    page = ROOT / "docs/architecture.md"
+    rows = table_under(page, "Which file do I open")
+    assert len(rows) > 8
+    for what, where, test in rows:
+        for cell in (where, test):
+            for path, names in re.findall(r"`([\w/.]+)` \(([^)]*)\)", cell):
+                for name in re.findall(r"\w+", names.replace("`", " ")):
+                    assert re.search(rf"\b{name}\b", (ROOT / path).read_text()), f"{what}: {path} has no {name}"
+    told = [name for cells in table_under(page, "What lies in native/llama/") for name in re.findall(r"`([\w.]+)`", cells[0])]
+    assert sorted(told) == sorted({path.stem for path in (ROOT / "native/llama").iterdir()})
+
+
 def parsers(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.ArgumentParser]:
     """A parser and those of its commands, by what one types."""
     found = {name: parser}
@@ -176,7 +195,8 @@ def parsers(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.Ar
 def test_commands_have_the_options_that_a_page_gives_them(page):
     bench_parser = argparse.ArgumentParser()
     bench.add_arguments(bench_parser, in_checkout=True)
-    known = parsers(cli.make_parser(serves=True), "asrkf") | parsers(bench_parser, "scripts/bench")
+    known = parsers(cli.make_parser("bench"), "asrkf") | parsers(cli.make_parser("serve"), "asrkf") | parsers(bench_parser, "scripts/bench")
+    known |= {name: parser for name, parser in parsers(cli.make_parser("bench"), "asrkf").items() if name.startswith("asrkf bench")}
     text = re.sub(r"\\\n *", "", page.read_text())
     for line in re.findall(r"^(?: {4}|\w+=\S+ )*((?:asrkf|scripts/bench) [^\n]*)|`((?:asrkf|scripts/bench) [^`]*)`", text, re.M):
         for command in "".join(line).split("#")[0].split(" ; "):
@@ -288,8 +308,7 @@ def test_every_policy_is_documented():
 
 
 def test_figures_that_the_guide_explains_exist():
-    table = (ROOT / "docs/guide.md").read_text().split("\n## What the figures mean\n")[1].split("\n## ")[0]
-    names = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `")))
+    names = re.findall(r"`(\w+)`", "".join(cells[0] for cells in table_under(ROOT / "docs/guide.md", "What the figures mean")))
     assert len(names) > 15 and set(names) <= {field.name for field in dataclasses.fields(asrkf_gguf.KVStats)}
 
 
