@@ -152,6 +152,23 @@ def test_scripts_and_files_that_a_page_names_exist(page):
         assert (ROOT / name).exists(), name
 
 
+def test_errors_that_troubleshooting_explains_are_those_of_the_code():
+    def plain(text: str) -> str:
+        """Without what is filled in: numbers, printf's and Python's fields."""
+        return " ".join(re.sub(r"%\.?\w+|\{\w[^{}\n]*\}|\d+", " ", text).split())
+
+    paths = [*(ROOT / "native").rglob("*.cpp"), *(ROOT / "asrkf_gguf").rglob("*.py")]
+    code = plain(re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in paths)))
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    errors = [error for head in re.findall(r"^## (`.*)$", page, re.M) for error in re.findall(r"`([^`]+)`", head)]
+    errors += re.findall(r"^- `([^`]+)`:", page, re.M)
+    errors.remove("import asrkf_gguf")
+    assert len(errors) > 10
+    for error in errors:
+        for piece in error.split("..."):
+            assert plain(piece) in code, error
+
+
 def test_internals_of_llama_cpp_that_are_listed_are_used():
     """Of patches/README.md's table: a row whose internal is no longer used must go."""
     table = (ROOT / "patches/README.md").read_text().split("\n## Internals")[1]
