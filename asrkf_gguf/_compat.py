@@ -30,6 +30,8 @@ except (FileNotFoundError, RuntimeError) as error:
         raise
     _chosen = os.environ.get("LLAMA_CPP_LIB_PATH")
     raise ImportError(f"llama_cpp found no libllama ({error}): {f'unset LLAMA_CPP_LIB_PATH={_chosen}' if _chosen else REMEDY}") from error
+except AttributeError as error:  # a function that the library does not have
+    raise ImportError(f"llama_cpp is not of the version of its libllama ({error}): {REMEDY}") from error
 
 
 @dataclass(frozen=True)

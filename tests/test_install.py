@@ -6,6 +6,7 @@ import email
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -74,19 +75,22 @@ def test_a_library_path_without_libraries_is_refused_with_the_way_out(tmp_path):
     assert result.returncode == 1 and f"unset LLAMA_CPP_LIB_PATH={tmp_path}" in result.stderr.splitlines()[-1]
 
 
-def test_another_llama_cpp_installed_over_ours_is_refused_with_the_way_out(tmp_path):
-    """A newer one, whose own wheel came without a library: ours would be read with its structs."""
+@pytest.mark.parametrize(("file", "old", "new", "says"), [
+    ("__init__.py", f'"{asrkf_gguf._compat.PINNED}"', '"9.9.9"', "llama_cpp 9.9.9 was installed over the "),
+    ("llama_cpp.py", '"llama_max_devices"', '"llama_max_dreams"', "llama_cpp is not of the version of its libllama ("),
+])  # fmt: skip
+def test_another_llama_cpp_installed_over_ours_is_refused_with_the_way_out(tmp_path, file, old, new, says):
+    """A newer one, whose own wheel came without a library: ours would be called as if it were of its version."""
     (tmp_path / "llama_cpp").mkdir()
     for path in FOLDER.parent.glob("*.py"):
         text = path.read_text()
-        if path.name == "__init__.py":
-            text = text.replace(f'"{asrkf_gguf._compat.PINNED}"', '"9.9.9"')
-        (tmp_path / "llama_cpp" / path.name).write_text(text)
+        assert path.name != file or old in text
+        (tmp_path / "llama_cpp" / path.name).write_text(text.replace(old, new) if path.name == file else text)
     (tmp_path / "llama_cpp" / "lib").symlink_to(FOLDER)
     result = python(f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import asrkf_gguf")
     assert result.returncode == 1
     last = result.stderr.splitlines()[-1]
-    assert last.startswith("ImportError: llama_cpp 9.9.9 was installed over") and "pip uninstall llama-cpp-python" in last
+    assert last.startswith(f"ImportError: {says}") and "pip uninstall llama-cpp-python" in last
 
 
 def test_without_llama_cpp_the_error_says_how_to_get_it_back():
@@ -143,6 +147,16 @@ def fresh(wheel, tools, tmp_path_factory) -> Path:
     run(sys.executable, "-m", "venv", folder, cwd=folder.parent)
     run(folder / "bin" / "python", "-m", "pip", "install", "-q", wheel, cwd=folder.parent, **tools)
     return folder / "bin" / "python"
+
+
+def test_wheels_of_an_unknown_kind_or_without_its_compiler_are_refused_in_one_line(tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    expected = {"metal": "wheel: cpu, cuda or vulkan, not metal", "cuda": "wheel: cuda needs nvcc", "vulkan": "wheel: vulkan needs glslc"}
+    for kind, says in expected.items():
+        result = subprocess.run([ROOT / "scripts/wheel", kind], env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and result.stdout == "" and result.stderr.startswith(says) and result.stderr.count("\n") == 1
+    assert "py -m pip wheel --no-deps -w dist ." in run(ROOT / "scripts/wheel", "--help", cwd=tmp_path)
 
 
 def completion(interpreter: Path, model: str, cwd: Path) -> list[str]:

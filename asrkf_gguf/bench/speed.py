@@ -43,7 +43,7 @@ class SideProcess:
         self.name = side.name
         n_ctx = side.n_ctx(N_CTX)
         options = {
-            "model": str(arguments.model), "threads": arguments.threads, "n_ctx": n_ctx, "n_batch": BATCH_TOKENS, "depth": depth,
+            "model": str(arguments.model.absolute()), "threads": arguments.threads, "n_ctx": n_ctx, "n_batch": BATCH_TOKENS, "depth": depth,
             "policy": side.policy, "pool": side.cells(N_CTX), "text": text[: n_ctx * 8],
         }  # fmt: skip
         environment = {key: value for key, value in os.environ.items() if key not in ("LLAMA_KV_POLICY", "LLAMA_CPP_LIB_PATH")}
