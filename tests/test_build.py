@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ target_compile_options(ggml-cpu PRIVATE -march=native -mamx-tile -mamx-int8)
 include({ROOT}/native/cmake/amx.cmake)
 asrkf_decide_amx(ggml-cpu)
 """
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # scripts/setup brings a cmake
 x86_only = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is part of x86-64")
 
 
@@ -28,8 +30,9 @@ def decide(folder: Path, *options: str) -> tuple[str, bool]:
     """What configuring says of AMX, and whether ggml's stand-in is then compiled with it."""
     (folder / "CMakeLists.txt").write_text(PROJECT)
     command = ["cmake", "-S", folder, "-B", folder / "build", "-DCMAKE_CXX_FLAGS=-mamx-tile -mamx-int8", "-DCMAKE_BUILD_TYPE=Release", *options]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    built = subprocess.run(["cmake", "--build", folder / "build"], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PATH": PATH}
+    said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    built = subprocess.run(["cmake", "--build", folder / "build"], env=environment, capture_output=True, text=True, check=True)
     line = re.search(r"asrkf: AMX: (.*)", said)
     assert line, said
     return line[1], "compiled with AMX" in built.stdout + built.stderr
