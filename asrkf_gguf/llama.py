@@ -112,6 +112,8 @@ class Llama(LlamaBase):
         freezes = len(tokens) > self.n_batch and self.kv_stats().policy != "full"
         try:
             begin = 0
+            if not len(tokens):
+                super().eval(tokens)  # no step, but what lies behind n_tokens leaves the cache
             while begin < len(tokens):
                 end = min(begin + self.n_batch, len(tokens))
                 end -= end == len(tokens) - 1 and end - begin > 1  # an end of one token would look like a generated one

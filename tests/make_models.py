@@ -29,14 +29,17 @@ def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.G
 
 
 def write_llama(
-    path: Path, *, n_layer: int, n_embd: int, n_head: int, n_head_kv: int, n_ff: int, n_vocab: int, n_ctx: int,
+    path: Path, *, n_layer: int, n_embd: int, n_head: int, n_head_kv: int | list[int], n_ff: int, n_vocab: int, n_ctx: int,
     rope_base: float, kind: gguf.GGMLQuantizationType, vocab: Path | None = None,
-    arch: str = "llama", metadata: dict[str, int | float | bool] | None = None,
+    arch: str = "llama", metadata: dict[str, int | float | bool | str] | None = None,
     extra: dict[str, tuple[int, ...]] | None = None, without: tuple[str, ...] = (),
+    matrices: dict[str, tuple[int, ...]] | None = None, values: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings), or one of another architecture that differs by
-    some metadata, extra F32 tensors of ones ("%d" in a name: one a layer) and tensors that it is without (of layers: in all).
+    some metadata, extra F32 tensors of ones ("%d" in a name: one a layer), random matrices and F32 tensors of given values,
+    and tensors that it is without (of layers: in all). n_head_kv may be a list: one a layer.
     """
+    heads_kv = n_head_kv if isinstance(n_head_kv, list) else [n_head_kv] * n_layer
     rng = np.random.default_rng(1)
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(n_ctx)
@@ -50,7 +53,7 @@ def write_llama(
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(n_vocab)
     for key, value in (metadata or {}).items():
-        put = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        put = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         put(key if key.startswith("tokenizer.") else f"{arch}.{key}", value)
     if vocab is None:
         writer.add_tokenizer_model("no_vocab")
@@ -76,13 +79,17 @@ def write_llama(
     for name, shape in (extra or {}).items():
         for il in range(n_layer if "%d" in name else 1):
             add_ones(name % il if "%d" in name else name, shape)
+    for name, shape in (matrices or {}).items():
+        add(name, shape, shape[-1] ** -0.5)
+    for name, value in (values or {}).items():
+        writer.add_tensor(name, value.astype(np.float32))
     for il in range(n_layer):
         add_ones(f"blk.{il}.attn_norm.weight", (n_embd,))
         add_ones(f"blk.{il}.ffn_norm.weight", (n_embd,))
         spread = n_embd**-0.5
         add(f"blk.{il}.attn_q.weight", (n_head * head, n_embd), 1.5 * spread)
-        add(f"blk.{il}.attn_k.weight", (n_head_kv * head, n_embd), 1.5 * spread)
-        add(f"blk.{il}.attn_v.weight", (n_head_kv * head, n_embd), spread)
+        add(f"blk.{il}.attn_k.weight", (heads_kv[il] * head, n_embd), 1.5 * spread)
+        add(f"blk.{il}.attn_v.weight", (heads_kv[il] * head, n_embd), spread)
         add(f"blk.{il}.attn_output.weight", (n_embd, n_head * head), spread)
         if "ffn_gate.weight" not in without:
             add(f"blk.{il}.ffn_gate.weight", (n_ff, n_embd), spread)
@@ -96,8 +103,8 @@ def write_llama(
 
 def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
     """Two layers (or n_layer), four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 2 MB. `other`: see write_llama()."""
-    write_llama(path, n_layer=n_layer, n_embd=256, n_head=4, n_head_kv=2, n_ff=256, n_vocab=256, n_ctx=32768,
-                rope_base=10000.0, kind=gguf.GGMLQuantizationType.F16, **other)
+    shape = {"n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "n_vocab": 256, "n_ctx": 32768, "rope_base": 10000.0}
+    write_llama(path, n_layer=n_layer, kind=gguf.GGMLQuantizationType.F16, **{**shape, **other})
 
 
 def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:

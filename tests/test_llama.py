@@ -124,9 +124,10 @@ def test_random_freezes_and_restores_leave_the_logits_of_the_never_frozen_run(lo
 
 
 def test_random_freezes_on_llama3_shapes_leave_the_logits_as_they_were(load, llama3_two_layers):
-    llm = load(llama3_two_layers, n_ctx=512, kv_policy="asrkf,pool=512,window=32,moves=staged")
+    llm = load(llama3_two_layers, n_ctx=512, kv_policy="asrkf,layers=shared,pool=512,window=32,moves=staged")
     tokens = llm.tokenize(b"The quick brown fox jumps over the lazy dog. " * 20)[:150]
-    assert llm.kv_stats().groups[0].token_bytes == 2 * 2 * 8 * 128 * 2  # 2 layers, K and V, 8 heads of 128, F16
+    token_bytes = llm.kv_stats().groups[0].token_bytes
+    assert token_bytes == 2 * 2 * 8 * 128 * 2  # 2 layers, K and V, 8 heads of 128, F16
     llm.eval(tokens)
     expected = last_logits(llm)
     llm.eval(tokens[:1])
@@ -134,10 +135,21 @@ def test_random_freezes_on_llama3_shapes_leave_the_logits_as_they_were(load, lla
     rng = np.random.default_rng(7)
     llm._ctx.kv_cache_seq_rm(-1, 149, -1)
     llm.n_tokens = 149
+    frozen: set[int] = set()
     for _ in range(10):
         begin = int(rng.integers(4, 90))
-        llm.freeze(begin, begin + int(rng.integers(1, 25)))
-    llm.restore(0, -1)
+        part = set(range(begin, begin + int(rng.integers(1, 25))))
+        assert llm.freeze(begin, max(part) + 1) == len(part - frozen)
+        frozen |= part
+    assert len(frozen) > 60 and {position for position, state in llm.kv_tokens() if state == "frozen"} == frozen
+    rows = {position: llm.kv_rows(position) for position in range(149)}
+    assert len(set(rows.values())) == 149
+    assert llm.restore(0, -1) == len(frozen)
+    assert {position: llm.kv_rows(position) for position in range(149)} == rows
+    stats = llm.kv_stats()
+    assert stats.moved_to_host_bytes >= stats.moved_to_device_bytes == len(frozen) * token_bytes
+    # that attention does without what is frozen shows on other models (test_architectures.py): here activations in 8 bits
+    # jump by as much as that changes the logits
     llm.eval(tokens[149:150])
     np.testing.assert_allclose(last_logits(llm), expected, atol=0.02)
     llm.eval(tokens[:1])

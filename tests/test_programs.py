@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from texts import with_early_word
 
 import asrkf_gguf
+from asrkf_gguf.models import find_side_file
 
 PROGRAMS = asrkf_gguf._native.PROGRAM_FOLDER
 
@@ -25,12 +28,21 @@ def program(name: str, *arguments: str, policy: str | None = None) -> subprocess
     return subprocess.run([str(PROGRAMS / name), *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
+def needs_host_room(name: str, *arguments: str, policy: str) -> None:
+    """The program freezes: with host room for 91 of SmolLM2's tokens the cache refuses the very run that works without a limit."""
+    result = program(name, *arguments, policy=f"{policy},host_limit=2MiB")
+    assert result.returncode != 0
+    assert "host_limit of 2097152 bytes cannot hold what must be frozen" in result.stdout + result.stderr
+
+
 def test_llama_bench_runs_past_the_pool(smollm2):
-    arguments = ["-m", smollm2, "-d", "1500", "-p", "0", "-n", "8", "-r", "2", "-t", "2", "-fa", "1", "-o", "csv"]
-    result = program("llama-bench", *arguments, policy="asrkf,pool=512")
-    rows = list(csv.DictReader(io.StringIO(result.stdout)))
+    arguments = ["-m", smollm2, "-d", "1000", "-p", "0", "-n", "8", "-r", "1", "-t", "2", "-fa", "1", "-o", "csv", "-v"]
+    result = program("llama-bench", *arguments, policy="asrkf,layers=shared,pool=512")
+    rows = list(csv.DictReader(line for line in io.StringIO(result.stdout) if line.startswith(("build_commit", '"'))))
     assert result.returncode == 0 and len(rows) == 1, result.stderr
     assert float(rows[0]["avg_ts"]) > 0
+    assert "pool of 512 cells for n_ctx 1024" in result.stdout + result.stderr
+    needs_host_room("llama-bench", *arguments, policy="asrkf,layers=shared,pool=512")
 
 
 def test_llama_bench_says_why_a_policy_is_refused(smollm2):
@@ -55,18 +67,23 @@ def test_llama_perplexity_with_a_pool_that_holds_all_is_that_of_no_policy(smollm
     assert estimate(held) == estimate(plain)
 
 
+def completion_arguments(model: str, path: Path) -> list[str]:
+    return ["-m", model, "-f", str(path), "-c", "2048", "-n", "24", "-t", "2", "-fa", "on", "--temp", "0", "-no-cnv", "--no-display-prompt"]
+
+
 def completed(model: str, path: Path, policy: str | None) -> str:
     """What llama-completion, which is llama-cli without a chat, writes after the prompt in a file."""
-    arguments = ["-m", model, "-f", str(path), "-c", "2048", "-n", "24", "-t", "2", "-fa", "on", "--temp", "0", "-no-cnv", "--no-display-prompt"]
-    result = program("llama-completion", *arguments, policy=policy)
+    result = program("llama-completion", *completion_arguments(model, path), policy=policy)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
 
-def test_llama_completion_reads_a_prompt_past_the_pool(smollm2, text, tmp_path):
+def test_llama_completion_answers_from_what_was_frozen(smollm2, text, tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_text(text[:3600] + '\n\nThe secret word is "orchid". Remember: the secret word is "orchid".\n\nThe secret word is "')
-    assert completed(smollm2, path, "asrkf,pool=512").startswith("orchid")
+    path.write_text(with_early_word(text, 0, 3600, "orchid"))  # said 600 tokens before the question: the window is 256
+    policy = f"asrkf,pool=512,calibration={find_side_file(Path(smollm2))}"
+    assert completed(smollm2, path, policy).startswith("orchid")
+    needs_host_room("llama-completion", *completion_arguments(smollm2, path), policy=policy)
 
 
 def test_llama_completion_with_a_pool_that_holds_all_writes_what_it_writes_without(smollm2, text, tmp_path):
@@ -87,7 +104,8 @@ def test_asrkf_run_streams_and_shows_the_figures(smollm2, text, tmp_path):
     result = command("run", smollm2, "-f", str(path), "-c", "2048", "--kv-pool", "512", "-n", "16", "-t", "2")
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.strip()) > 10
-    assert "frozen, pool 512 cells" in result.stderr and "tok/s" in result.stderr
+    frozen = re.search(r"(\d+) frozen, pool 512 cells", result.stderr)
+    assert frozen and int(frozen[1]) > 500 and "tok/s" in result.stderr
 
 
 def test_asrkf_run_says_what_is_wrong_in_one_line(smollm2):

@@ -217,3 +217,16 @@ def test_drafts_that_are_taken_back_leave_true_positions_on_a_frozen_cache(load,
     llm.eval([])  # takes back what was drafted behind it
     assert llm.kv_stats().tokens == llm.n_tokens
     check_states(llm)
+
+
+@pytest.mark.parametrize("policy", ["full", "asrkf,pool=512"])
+def test_reading_no_tokens_cuts_the_cache_to_n_tokens_as_upstreams_does(load, smollm2, text, policy):
+    llm = load(smollm2, kv_policy=policy)
+    llm.eval(llm.tokenize(text[:4000].encode())[:800])
+    llm.n_tokens = 300
+    llm.eval([])
+    assert llm.kv_stats().tokens == 300
+    llm.eval([5])
+    assert llm.kv_stats().tokens == 301
+    if policy != "full":
+        check_states(llm)

@@ -48,13 +48,21 @@ def test_recall_brings_back_what_a_query_asks_for(load, smollm2, text, recall):
             parts.append(np.mean([states[position][1] != "frozen" for position in range(begin, end)]))
         return float(np.mean(parts))
 
-    before = active()
-    assert before < 0.7
-    for token in llm.tokenize(b" The pass key of the northern harbour is 482", add_bos=False) * 2:
-        llm.eval([token])
-    assert active() > before
-    stats = llm.kv_stats()
-    assert stats.restores_total["recall"] > 0
+    def gain(words: bytes) -> float:
+        """How much more of the sentence is active after these words were read twice."""
+        llm.load_state(state)
+        before = active()
+        for token in llm.tokenize(words, add_bos=False) * 2:
+            llm.eval([token])
+        return active() - before
+
+    state = llm.save_state()
+    assert active() < 0.5
+    other = gain(b" An expression list containing at least one comma")
+    asked = gain(b" The pass key of the northern harbour is 482")
+    print(f"{recall}: asked for {asked:+.3f}, not asked for {other:+.3f} of the sentence")
+    assert asked > 0.12 and abs(other) < asked / 3  # it comes because it is asked for, not because steps go by
+    assert llm.kv_stats().restores_total["recall"] > 0
     check_states(llm)
 
 

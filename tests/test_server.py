@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from texts import with_early_word
 
 import asrkf_gguf
 
@@ -77,11 +78,6 @@ def serving(model: str, folder: Path, policy: str | None, *arguments: str) -> It
         process.wait(20)
 
 
-def with_word(text: str, begin: int, n_characters: int, word: str) -> str:
-    """A piece of text, and at its end a word to repeat."""
-    return text[begin : begin + n_characters] + f'\n\nThe secret word is "{word}". Remember: the secret word is "{word}".\n\nThe secret word is "'
-
-
 @pytest.fixture(scope="module", params=POLICIES, ids=["none", "holds", "small"])
 def one_slot(request, smollm2, tmp_path_factory) -> Iterator[tuple[Server, str | None]]:
     folder = tmp_path_factory.mktemp("server")
@@ -92,12 +88,12 @@ def one_slot(request, smollm2, tmp_path_factory) -> Iterator[tuple[Server, str |
 def plain_answer(model: str, folder: Path, text: str) -> str:
     """What the server says to the first prompt below without a policy."""
     with serving(model, folder, None, *ONE_SLOT) as server:
-        return server.complete(with_word(text, 0, 3600, "orchid"), 24)["content"]
+        return server.complete(with_early_word(text, 0, 3600, "orchid"), 24)["content"]
 
 
 def test_a_prompt_past_the_pool_is_answered(one_slot, text, smollm2, tmp_path_factory):
     server, policy = one_slot
-    answer = server.complete(with_word(text, 0, 3600, "orchid"), 24)
+    answer = server.complete(with_early_word(text, 0, 3600, "orchid"), 24)
     assert 512 < answer["timings"]["prompt_n"] < 2000 and answer["timings"]["predicted_n"] == 24
     assert answer["content"].startswith("orchid")
     if policy == HOLDS:
@@ -106,7 +102,7 @@ def test_a_prompt_past_the_pool_is_answered(one_slot, text, smollm2, tmp_path_fa
 
 def test_the_same_prompt_again_takes_its_tokens_from_the_slot(one_slot, text):
     server, policy = one_slot
-    prompt = with_word(text, 4000, 3600, "walnut")
+    prompt = with_early_word(text, 4000, 3600, "walnut")
     first, again = (server.complete(prompt, 24) for _ in range(2))
     assert first["timings"]["prompt_n"] > 512
     assert again["timings"]["prompt_n"] < 64 and again["timings"]["cache_n"] > 512
@@ -117,9 +113,9 @@ def test_the_same_prompt_again_takes_its_tokens_from_the_slot(one_slot, text):
 
 def test_a_prompt_comes_back_from_the_cache_in_ram(one_slot, text):
     server, policy = one_slot
-    prompt = with_word(text, 8000, 3600, "pepper")
+    prompt = with_early_word(text, 8000, 3600, "pepper")
     first = server.complete(prompt, 24)
-    other = server.complete(with_word(text, 12000, 3600, "marble"), 24)  # takes the only slot
+    other = server.complete(with_early_word(text, 12000, 3600, "marble"), 24)  # takes the only slot
     assert other["timings"]["prompt_n"] > 512 and other["content"].startswith("marble")
     again = server.complete(prompt, 24)
     assert again["timings"]["prompt_n"] < 64 and again["timings"]["cache_n"] > 512
@@ -130,7 +126,7 @@ def test_a_prompt_comes_back_from_the_cache_in_ram(one_slot, text):
 
 def test_a_slot_is_saved_erased_and_restored(one_slot, text):
     server, policy = one_slot
-    prompt = with_word(text, 16000, 3600, "violin")
+    prompt = with_early_word(text, 16000, 3600, "violin")
     first = server.complete(prompt, 24)
     saved = server.ask("/slots/0?action=save", filename="slot.bin")
     assert saved["n_saved"] > 512
@@ -149,7 +145,7 @@ def test_a_slot_is_saved_erased_and_restored(one_slot, text):
 def test_two_slots_busy_at_once_keep_their_texts_apart(smollm2, text, tmp_path, policy):
     words = ("orchid", "marble")
     with serving(smollm2, tmp_path, policy, "-c", "2048", "-np", "2") as server, ThreadPoolExecutor(3) as threads:
-        answers = [threads.submit(server.complete, with_word(text, 4000 * i, 2000, word), 48, id_slot=i) for i, word in enumerate(words)]
+        answers = [threads.submit(server.complete, with_early_word(text, 4000 * i, 2000, word), 48, id_slot=i) for i, word in enumerate(words)]
         busy = 0  # slots at work at the same time, at most
         while not all(answer.done() for answer in answers):
             busy = max(busy, sum(slot["is_processing"] for slot in server.ask("/slots")))
@@ -164,7 +160,7 @@ def test_two_slots_busy_at_once_keep_their_texts_apart(smollm2, text, tmp_path, 
 
 def shifted(model: str, folder: Path, policy: str | None, text: str) -> dict:
     with serving(model, folder, policy, "-c", "512", "-np", "1", "--context-shift") as server:
-        return server.complete(with_word(text, 0, 1000, "orchid"), 300, n_keep=16)
+        return server.complete(with_early_word(text, 0, 1000, "orchid"), 300, n_keep=16)
 
 
 @pytest.mark.parametrize("policy", [None, HOLDS, "asrkf,pool=256"], ids=["none", "holds", "small"])
