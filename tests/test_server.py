@@ -21,9 +21,10 @@ import pytest
 from texts import with_early_word
 
 import asrkf_gguf
+from asrkf_gguf.models import fetch_smollm2, find_side_file
 
 SERVER = asrkf_gguf._native.PROGRAM_FOLDER / "llama-server"
-HOLDS, SMALL = "asrkf,pool=1.0", "asrkf,pool=512"
+HOLDS, SMALL = "asrkf,pool=1.0", f"asrkf,pool=512,calibration={find_side_file(fetch_smollm2())}"
 POLICIES = [None, HOLDS, SMALL]
 ONE_SLOT = ("-c", "2048", "-np", "1", "--cache-ram", "512")
 
@@ -78,6 +79,11 @@ def serving(model: str, folder: Path, policy: str | None, *arguments: str) -> It
         process.wait(20)
 
 
+def with_late_word(text: str, begin: int, n_characters: int, word: str) -> str:
+    """A piece of text, and at its end a word to repeat: what follows is the same whatever batches the prompt comes in."""
+    return text[begin : begin + n_characters] + f'\n\nThe secret word is "{word}". Remember: the secret word is "{word}".\n\nThe secret word is "'
+
+
 @pytest.fixture(scope="module", params=POLICIES, ids=["none", "holds", "small"])
 def one_slot(request, smollm2, tmp_path_factory) -> Iterator[tuple[Server, str | None]]:
     folder = tmp_path_factory.mktemp("server")
@@ -100,9 +106,17 @@ def test_a_prompt_past_the_pool_is_answered(one_slot, text, smollm2, tmp_path_fa
         assert answer["content"] == plain_answer(smollm2, tmp_path_factory.mktemp("plain"), text)
 
 
+def test_a_prompt_past_the_pool_freezes_its_tokens_on_the_host(smollm2, text, tmp_path):
+    """With host room for 91 of SmolLM2's tokens the cache refuses the very prompt that works without a limit."""
+    with serving(smollm2, tmp_path, f"{SMALL},host_limit=2MiB", *ONE_SLOT) as server:
+        with pytest.raises(pytest.fail.Exception, match="/completion: 500"):
+            server.complete(with_early_word(text, 0, 3600, "orchid"), 24)
+        assert "host_limit of 2097152 bytes cannot hold what must be frozen" in server.log.read_text()
+
+
 def test_the_same_prompt_again_takes_its_tokens_from_the_slot(one_slot, text):
     server, policy = one_slot
-    prompt = with_early_word(text, 4000, 3600, "walnut")
+    prompt = with_late_word(text, 4000, 3600, "walnut")
     first, again = (server.complete(prompt, 24) for _ in range(2))
     assert first["timings"]["prompt_n"] > 512
     assert again["timings"]["prompt_n"] < 64 and again["timings"]["cache_n"] > 512
@@ -113,9 +127,9 @@ def test_the_same_prompt_again_takes_its_tokens_from_the_slot(one_slot, text):
 
 def test_a_prompt_comes_back_from_the_cache_in_ram(one_slot, text):
     server, policy = one_slot
-    prompt = with_early_word(text, 8000, 3600, "pepper")
+    prompt = with_late_word(text, 8000, 3600, "pepper")
     first = server.complete(prompt, 24)
-    other = server.complete(with_early_word(text, 12000, 3600, "marble"), 24)  # takes the only slot
+    other = server.complete(with_late_word(text, 12000, 3600, "marble"), 24)  # takes the only slot
     assert other["timings"]["prompt_n"] > 512 and other["content"].startswith("marble")
     again = server.complete(prompt, 24)
     assert again["timings"]["prompt_n"] < 64 and again["timings"]["cache_n"] > 512
@@ -126,7 +140,7 @@ def test_a_prompt_comes_back_from_the_cache_in_ram(one_slot, text):
 
 def test_a_slot_is_saved_erased_and_restored(one_slot, text):
     server, policy = one_slot
-    prompt = with_early_word(text, 16000, 3600, "violin")
+    prompt = with_late_word(text, 16000, 3600, "violin")
     first = server.complete(prompt, 24)
     saved = server.ask("/slots/0?action=save", filename="slot.bin")
     assert saved["n_saved"] > 512
@@ -145,7 +159,7 @@ def test_a_slot_is_saved_erased_and_restored(one_slot, text):
 def test_two_slots_busy_at_once_keep_their_texts_apart(smollm2, text, tmp_path, policy):
     words = ("orchid", "marble")
     with serving(smollm2, tmp_path, policy, "-c", "2048", "-np", "2") as server, ThreadPoolExecutor(3) as threads:
-        answers = [threads.submit(server.complete, with_early_word(text, 4000 * i, 2000, word), 48, id_slot=i) for i, word in enumerate(words)]
+        answers = [threads.submit(server.complete, with_late_word(text, 4000 * i, 2000, word), 48, id_slot=i) for i, word in enumerate(words)]
         busy = 0  # slots at work at the same time, at most
         while not all(answer.done() for answer in answers):
             busy = max(busy, sum(slot["is_processing"] for slot in server.ask("/slots")))
@@ -160,7 +174,7 @@ def test_two_slots_busy_at_once_keep_their_texts_apart(smollm2, text, tmp_path, 
 
 def shifted(model: str, folder: Path, policy: str | None, text: str) -> dict:
     with serving(model, folder, policy, "-c", "512", "-np", "1", "--context-shift") as server:
-        return server.complete(with_early_word(text, 0, 1000, "orchid"), 300, n_keep=16)
+        return server.complete(with_late_word(text, 0, 1000, "orchid"), 300, n_keep=16)
 
 
 @pytest.mark.parametrize("policy", [None, HOLDS, "asrkf,pool=256"], ids=["none", "holds", "small"])
