@@ -61,7 +61,7 @@ def test_recall_brings_back_what_a_query_asks_for(load, smollm2, text, recall):
     other = gain(b" An expression list containing at least one comma")
     asked = gain(b" The pass key of the northern harbour is 482")
     print(f"{recall}: asked for {asked:+.3f}, not asked for {other:+.3f} of the sentence")
-    assert asked > 0.12 and abs(other) < asked / 3  # it comes because it is asked for, not because steps go by
+    assert asked > 2 * other and asked - other > 0.12  # it comes because it is asked for, not because steps go by
     assert llm.kv_stats().restores_total["recall"] > 0
     check_states(llm)
 
