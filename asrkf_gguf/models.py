@@ -118,7 +118,8 @@ def find_side_file(model_path: Path) -> Optional[Path]:
 def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = None) -> int:
     """Bytes of K and V that one token needs in a plain cache, from the GGUF's metadata.
 
-    128 KiB for LLaMA-3 8B in F16: 32 layers x 2 x 8 heads x 128 x 2 bytes. ValueError if the metadata has no attention.
+    128 KiB for LLaMA-3 8B in F16: 32 layers x 2 x 8 heads x 128 x 2 bytes. Layers may have different numbers of heads.
+    ValueError if the metadata has no attention.
     """
     parameters = llama_cpp.llama_model_default_params()
     parameters.vocab_only = True  # metadata without weights
@@ -138,14 +139,25 @@ def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = 
         if llama_cpp.llama_model_meta_val_str(model, b"general.architecture", out, len(out)) < 0:
             raise ValueError(f"{path} names no architecture")
         arch = out.value.decode()
-        n_head = value(f"{arch}.attention.head_count")
-        n_head_kv = value(f"{arch}.attention.head_count_kv", n_head)
-        head = value(f"{arch}.embedding_length") // n_head
+        n_layers = value(f"{arch}.block_count")
+
+        def by_layer(key: str, default: Optional[list[int]] = None) -> list[int]:
+            """One number for all layers, or a list of them, which llama.h does not give."""
+            if llama_cpp.llama_model_meta_val_str(model, key.encode(), out, len(out)) >= 0:
+                return [int(out.value)] * n_layers
+            field = gguf.GGUFReader(path).fields.get(key)
+            if field is not None:
+                return [int(field.parts[index][0]) for index in field.data]
+            return [value(key)] if default is None else default  # raises
+
+        n_head = by_layer(f"{arch}.attention.head_count")
+        n_head_kv = by_layer(f"{arch}.attention.head_count_kv", n_head)
+        head = value(f"{arch}.embedding_length") // n_head[0]
 
         def row(type_name: str, key: str) -> int:
             block, n_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name.upper()]]
-            return value(f"{arch}.attention.{key}_length", head) * n_head_kv // block * n_bytes
+            return sum(value(f"{arch}.attention.{key}_length", head) * n // block * n_bytes for n in n_head_kv)
 
-        return value(f"{arch}.block_count") * (row(type_k, "key") + row(type_v or type_k, "value"))
+        return row(type_k, "key") + row(type_v or type_k, "value")
     finally:
         llama_cpp.llama_model_free(model)

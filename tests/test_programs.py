@@ -128,3 +128,14 @@ def test_bytes_of_llama3_8b_are_128_kib_a_token(llama3_two_layers):
 
     assert kv_bytes_per_token(Path(llama3_two_layers)) == 128 * 1024 * 2 // 32  # two of its 32 layers
     assert kv_bytes_per_token(Path(llama3_two_layers), "Q8_0") == 128 * 1024 * 2 // 32 * 17 // 32
+
+
+@pytest.mark.parametrize(("n_head_kv", "heads"), [(2, 4), ([2, 1], 3)])
+def test_layers_may_have_different_numbers_of_heads(tmp_path, n_head_kv, heads):
+    from make_models import write_tiny
+
+    from asrkf_gguf.models import kv_bytes_per_token
+
+    write_tiny(tmp_path / "model.gguf", n_head_kv=n_head_kv)
+    assert kv_bytes_per_token(tmp_path / "model.gguf") == heads * 64 * 2 * 2  # heads of 64, K and V, F16
+    assert kv_bytes_per_token(tmp_path / "model.gguf", "F16", "Q8_0") == heads * 64 * 2 + heads * 64 // 32 * 34
