@@ -57,6 +57,9 @@ class KVError(RuntimeError):
         super().__init__(text)
         self.status = KVStatus(status)
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        return type(self), (str(self), self.status)  # a pickle makes it from both again
+
 
 def last_error() -> str:
     """Text of the last failure on this thread, "" if there was none."""

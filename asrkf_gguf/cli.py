@@ -180,7 +180,7 @@ def main(argv: Optional[list[str]] = None) -> int:
         arguments = make_parser(command).parse_args(argv)
         return arguments.function(arguments)
     except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"asrkf {command}: {error}", file=sys.stderr)
+        print(f"asrkf {command}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whoever wrote it
         return 1
     except KeyboardInterrupt:
         return 130

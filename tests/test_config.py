@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 
 import pytest
 
-from asrkf_gguf import FreezeConfig, _native
+from asrkf_gguf import FreezeConfig, KVError, _native
 from asrkf_gguf.config import POLICIES
 
 
@@ -65,3 +66,8 @@ def test_unknown_keys_of_a_string_are_refused_with_the_nearest_known_one():
 def test_two_pools_contradict_each_other():
     with pytest.raises(ValueError, match="contradicts"):
         FreezeConfig(pool=512).with_pool(1024)
+
+
+def test_an_error_of_the_cache_keeps_text_and_status_in_a_pickle():
+    error = pickle.loads(pickle.dumps(KVError("pool is full", 4)))
+    assert str(error) == "pool is full" and error.status is _native.KVStatus.POOL_FULL

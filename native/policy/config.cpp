@@ -28,7 +28,7 @@ struct field {
 const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
 
 #define AT(member) offsetof(asrkf_config, member)
-// The table. The Python dataclass and the README are checked against it.
+// The table. The Python dataclass and docs/policy.md are checked against it.
 const field table[] = {
     { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index (512MiB); required" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
