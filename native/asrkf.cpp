@@ -25,7 +25,7 @@ template <typename Body> asrkf_status guarded(Body body) {
         set_last_error(e.what(), e.status);
         return e.status;
     } catch (const std::exception & e) {
-        set_last_error(e.what(), ASRKF_INTERNAL);
+        set_last_error(text_of(e), ASRKF_INTERNAL);
     } catch (...) {
         set_last_error("unknown failure", ASRKF_INTERNAL);
     }

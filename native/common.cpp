@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <new>
 
 namespace asrkf {
 
@@ -17,6 +18,10 @@ std::string format(const char * fmt, ...) {
     vsnprintf(text.data(), text.size() + 1, fmt, again);
     va_end(again);
     return text;
+}
+
+std::string text_of(const std::exception & e) {
+    return dynamic_cast<const std::bad_alloc *>(&e) ? "host memory has run out: free some, lower n_ctx, or set host_limit" : e.what();
 }
 
 } // namespace asrkf

@@ -16,6 +16,9 @@ struct error : std::runtime_error {
     asrkf_status status;
 };
 
+// What a caller is told of any exception: an error's own text, and what helps where memory has run out.
+std::string text_of(const std::exception & e);
+
 std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 
 enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };

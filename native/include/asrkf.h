@@ -107,7 +107,7 @@ struct asrkf_stats {
     uint32_t n_sequences;              /* that have tokens */
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
-    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, the newest queries, and the scores */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
     uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers */
     uint64_t host_kv_bytes;            /* allocated for the host store */
@@ -217,7 +217,7 @@ ASRKF_API enum asrkf_status asrkf_set_host_limit(struct llama_context * ctx, uin
 ASRKF_API enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char * out, size_t size);
 
 /* Which of n_layers layers score where that was not measured (score_layers=auto without a calibration), into out; out_n: how
- * many there are. Writes none beyond capacity. */
+ * many there are. Counted are layers that have a cache and no sliding window. Writes none beyond capacity. */
 ASRKF_API enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, size_t capacity, size_t * out_n);
 
 /* Shannon entropy in nats of softmax(logits). */

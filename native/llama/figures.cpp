@@ -76,7 +76,7 @@ size_t figures::token_states(int32_t seq_id, uint32_t index, int32_t * out_pos, 
     return s.n_tokens();
 }
 
-void figures::rows(int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) const {
+uint32_t figures::record_at(int32_t seq_id, uint32_t index, int32_t pos, size_t size) const {
     const sequence & s = tokens.named(seq_id);
     const group & g = groups.named(index);
     const uint32_t i = tokens.lower_bound(s, pos);
@@ -86,9 +86,14 @@ void figures::rows(int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, s
     if (size != g.mover->token_bytes()) {
         throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.mover->token_bytes(), index));
     }
-    const place & p = g.places[s.records[i]];
+    return s.records[i];
+}
+
+void figures::rows(uint32_t id, uint32_t index, uint8_t * out) const {
+    const group & g = groups[index];
+    const place & p = g.places[id];
     if (p.cell < 0) {
-        std::memcpy(out, g.store->data(uint32_t(p.slot)), size);
+        std::memcpy(out, g.store->data(uint32_t(p.slot)), g.mover->token_bytes());
         return;
     }
     const uint32_t cell = uint32_t(p.cell);

@@ -7,6 +7,7 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace asrkf {
 
@@ -116,8 +117,13 @@ void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint
     ggml_tensor * factors = source ? ggml_dup_tensor(ctx, source) : nullptr;
     ggml_tensor * heads   = ggml_view_3d(ctx, all, n_rot, n_head_kv, n, ggml_row_size(k->type, hparams.n_embd_head_k(il)), all->nb[1], 0);
     ggml_cgraph * graph   = ggml_new_graph(ctx);
-    ggml_build_forward_expand(graph, build_rope_shift(cparams, ctx, heads, by, rot, factors, model.get_rope_freq_base(cparams, int(il)),
-            model.get_rope_freq_scale(cparams, int(il)), il));
+    // The rows have YaRN's magnitude already. ggml's rope gives it again, so here the factor takes it back: upstream's shift does
+    // not, and makes every key of the cache larger each time.
+    llama_cparams plain = cparams;
+    const float freq_scale = model.get_rope_freq_scale(cparams, int(il));
+    plain.yarn_attn_factor = cparams.yarn_ext_factor != 0 ? 1/(1 + 0.1f*std::log(1/freq_scale)) : 1;
+    ggml_build_forward_expand(graph, build_rope_shift(plain, ctx, heads, by, rot, factors, model.get_rope_freq_base(cparams, int(il)),
+            freq_scale, il));
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
     if (!buffer) {
         throw error(ASRKF_INTERNAL, "no host memory to rotate keys in");

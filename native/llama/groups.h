@@ -8,6 +8,7 @@
 #include "store/host_store.h"
 #include "store/row_mover.h"
 
+#include <algorithm>
 #include <memory>
 #include <vector>
 

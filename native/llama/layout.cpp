@@ -251,7 +251,7 @@ ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & conf
             scores_buft = buft = buft ? buft : ggml_backend_cpu_buffer_type();
             g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
         }
-        LLAMA_LOG_INFO("%s: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n", __func__,
+        LLAMA_LOG_INFO("asrkf: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n",
                 g.keeps_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, config.n_ctx, config.n_seq_max, g.rules[0].params.window,
                 g.rules[0].max_ubatch());
     }

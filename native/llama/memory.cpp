@@ -47,7 +47,7 @@ llama_memory_i * create(const llama_model & model, const llama_memory_params & p
         return new memory(model, params, cparams, *config);
     } catch (const std::exception & e) {
         const auto * known = dynamic_cast<const error *>(&e);
-        set_last_error(e.what(), known ? known->status : ASRKF_INTERNAL);
+        set_last_error(text_of(e), known ? known->status : ASRKF_INTERNAL);
         throw;
     }
 }
@@ -61,10 +61,11 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
       tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted),
       scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
       sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
-      states(this->config, groups, tokens, scored, sequences), asked(this->config, groups, tokens, moves, scored, counted),
+      states(this->config, groups, tokens, scored, sequences), asked(groups, tokens, moves, scored, counted),
       placing(this->config, groups, tokens, moves, scored, counted, budget), seen(this->config, groups, tokens, scored, placing, counted, budget) {}
 
-// Refuse before anything is allocated.
+// Once groups and tokens stand, and before the scores, which need to know where they are read back to. Refuses before
+// anything is allocated.
 ggml_backend_buffer_type_t memory::prepare_groups(const llama_memory_params & params) {
     groups.check_pools(count_positions(tokens.sequences[0].pinned));
     budget.limit_bytes = config.host_limit;
@@ -118,7 +119,7 @@ void memory::seq_cp(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos 
     try {
         sequences.copy(src, dst, p0, p1);
     } catch (const std::exception & e) {
-        fail(dst, format("sequence %d could not be copied to %d: %s", src, dst, e.what()));
+        fail(dst, format("sequence %d could not be copied to %d: %s", src, dst, text_of(e).c_str()));
     }
 }
 
@@ -138,7 +139,7 @@ void memory::shift(llama_seq_id seq_id, llama_pos p0, llama_pos p1, const char *
     try {
         shifted.move(tokens.named(seq_id), p0, p1, moved);
     } catch (const std::exception & e) {
-        fail(seq_id, format("positions of sequence %d could not be %s: %s", seq_id, what, e.what()));
+        fail(seq_id, format("positions of sequence %d could not be %s: %s", seq_id, what, text_of(e).c_str()));
     }
 }
 
@@ -177,9 +178,10 @@ asrkf_config memory::get_config() const {
 }
 
 void memory::get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) {
+    const uint32_t id = seen.record_at(seq_id, index, pos, size);
     moves.set_context(ctx);
     moves.prepare();
-    seen.rows(seq_id, index, pos, out, size);
+    seen.rows(id, index, out);
 }
 
 //

@@ -70,6 +70,7 @@ private:
     // a cache that is silently wrong.
     void fail(llama_seq_id seq_id, const std::string & text);
 
+    // In the order in which each needs those before it.
     const settings config;
     layout         laid_out;
     host_budget    budget;

@@ -30,7 +30,7 @@ void refuse(const std::string & text, asrkf_status status) {
 
 void refuse(const std::exception & e) {
     const auto * known = dynamic_cast<const error *>(&e);
-    refuse(e.what(), known ? known->status : ASRKF_INTERNAL);
+    refuse(text_of(e), known ? known->status : ASRKF_INTERNAL);
 }
 
 } // namespace asrkf

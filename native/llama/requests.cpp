@@ -1,6 +1,7 @@
 #include "llama/requests.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 
 namespace asrkf {

@@ -7,8 +7,8 @@ namespace asrkf {
 
 class requests {
 public:
-    requests(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted)
-        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted) {}
+    requests(layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted)
+        : groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted) {}
 
     // Positions [p0, p1), p1 < 0: to the end. Return how many tokens changed, over all groups. A frozen one stays frozen until
     // a request, or the window, brings it back. Throw error (see asrkf.h) with nothing changed.
@@ -22,12 +22,11 @@ private:
     void check_unprotected(const sequence & s, uint32_t begin, uint32_t end) const;
     void copy_all_to_host(const std::vector<std::vector<uint32_t>> & ids);
 
-    const settings & config;
-    layer_groups &   groups;
-    token_table &    tokens;
-    transfers &      moves;
-    scores &         scored;
-    counters &       counted;
+    layer_groups & groups;
+    token_table &  tokens;
+    transfers &    moves;
+    scores &       scored;
+    counters &     counted;
 };
 
 } // namespace asrkf

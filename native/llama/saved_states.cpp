@@ -275,7 +275,7 @@ void saved_states::check_fit(llama_seq_id seq_id, const std::vector<arrival> & a
     }
 }
 
-// Nothing fails here.
+// Nothing fails here, but for a lack of memory for the books.
 void saved_states::replace(llama_seq_id seq_id, const std::vector<arrival> & arrivals, const std::vector<saved_sequence> & saved, slots_by_group & slots) {
     for (sequence & s : tokens.sequences) {
         if (seq_id >= 0 && s.id != uint32_t(seq_id)) {

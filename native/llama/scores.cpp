@@ -62,7 +62,9 @@ void scores::prepare(side_step & step, const std::vector<part> & parts, bool pro
         step.shape.n_scored   = std::min(scorer->rows(), (tokens.index->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
         step.shape.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
         step.shape.several    = step.scored.size() > 1;
+        prepare_queries(step);
     }
+    step.written = scorer->written_by(step.shape, *tokens.index, step.records);
 }
 
 branch_shape scores::worst_shape(uint32_t n_tokens) const {
@@ -88,28 +90,36 @@ int scores::place_of(int32_t il) const {
     return -1;
 }
 
-void scores::set_input(const side_step & step, const relevance::branch & branch) {
-    scorer->set_written(branch, *tokens.index, step.records);
-    ggml_backend_tensor_set(branch.queries, step.queries.data(), 0, ggml_nbytes(branch.queries));
-    ggml_backend_tensor_set(branch.query_rows, step.query_rows.data(), 0, ggml_nbytes(branch.query_rows));
-    if (branch.scoring) {
-        std::vector<std::vector<llama_pos>> positions;
-        for (const uint32_t seq : step.scored) {
-            positions.push_back(tokens.positions_of(tokens.sequences[seq]));
-        }
-        std::vector<int32_t>       scoring;
-        std::vector<scoring_query> queries;
-        for (size_t i = 0; i < step.scored.size(); ++i) {
-            const sequence & s = tokens.sequences[step.scored[i]];
-            const std::vector<int32_t> own = s.rings.scoring_rows(branch.shape.prompt_end);
-            scoring.insert(scoring.end(), own.begin(), own.end());
-            for (const int32_t pos : s.rings.positions(branch.shape.prompt_end)) {
-                queries.push_back({ pos, &s.records, &positions[i] });
-            }
-        }
-        ggml_backend_tensor_set(branch.scoring, scoring.data(), 0, ggml_nbytes(branch.scoring));
-        scorer->set_mask(branch, *tokens.index, queries);
+// Of the step's sequences that score: rows of their rings, and what each query sees.
+void scores::prepare_queries(side_step & step) const {
+    std::vector<std::vector<llama_pos>> positions;
+    for (const uint32_t seq : step.scored) {
+        positions.push_back(tokens.positions_of(tokens.sequences[seq]));
     }
+    std::vector<scoring_query> queries;
+    for (size_t i = 0; i < step.scored.size(); ++i) {
+        const sequence & s = tokens.sequences[step.scored[i]];
+        const std::vector<int32_t> own = s.rings.scoring_rows(step.shape.prompt_end);
+        step.scoring.insert(step.scoring.end(), own.begin(), own.end());
+        for (const int32_t pos : s.rings.positions(step.shape.prompt_end)) {
+            queries.push_back({ pos, &s.records, &positions[i] });
+        }
+    }
+    step.mask = scorer->mask_of(step.shape, *tokens.index, queries);
+}
+
+// llama.cpp calls this where nothing may throw: all is made by now.
+void scores::set_input(const side_step & step, const relevance::branch & branch) {
+    const auto set = [](ggml_tensor * t, const auto & values) {
+        if (t) {
+            ggml_backend_tensor_set(t, values.data(), 0, ggml_nbytes(t));
+        }
+    };
+    scorer->set_written(branch, step.written);
+    set(branch.queries, step.queries);
+    set(branch.query_rows, step.query_rows);
+    set(branch.scoring, step.scoring);
+    set(branch.mask, step.mask);
     running = &branch;
 }
 

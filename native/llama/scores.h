@@ -21,6 +21,9 @@ struct side_step {
     std::vector<int32_t>  queries;    // which tokens' queries are kept, and where
     std::vector<int64_t>  query_rows;
     std::vector<uint32_t> scored;     // the sequences whose queries score
+    relevance::written    written;    // index rows; and for the queries that score, where they are, and what they see
+    std::vector<int32_t>  scoring;
+    std::vector<float>    mask;
 };
 
 class scores {
@@ -34,7 +37,7 @@ public:
     const relevance * scoring() const { return scorer.get(); }
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and whose queries
-    // score. prompt_end: the newest PROMPT_END_QUERIES do.
+    // score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings.
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
@@ -59,6 +62,7 @@ public:
     void index_records(const std::vector<uint32_t> & ids);
 
 private:
+    void prepare_queries(side_step & step) const;
     void index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members);
 
     const settings &           config;

@@ -133,6 +133,9 @@ void sequence_ops::clear(bool data) {
 }
 
 std::vector<uint32_t> sequence_ops::clone(const std::vector<uint32_t> & ids) {
+    if (ids.empty()) {
+        return {};
+    }
     if (tokens.n_records() + ids.size() > config.n_ctx) {
         throw error(ASRKF_POOL_FULL, format("context is full: %u tokens and copies of %zu do not fit into n_ctx %u", tokens.n_records(), ids.size(), config.n_ctx));
     }

@@ -10,7 +10,7 @@ public:
     sequence_ops(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored)
         : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored) {}
 
-    // Tokens [begin, end) are no longer the sequence's. keep_store: host arenas stay, also if no token is left.
+    // Tokens [begin, end), at least one, are no longer the sequence's. keep_store: host arenas stay, also if no token is left.
     void forget(sequence & s, uint32_t begin, uint32_t end, bool keep_store = false);
     void forget_all(sequence & s, bool keep_store = false) {
         if (s.n_tokens() > 0) {
@@ -19,7 +19,8 @@ public:
     }
     // A step that was placed and has failed: its rows were never computed, for none of its sequences.
     void undo_step();
-    // Positions [p0, p1) of one sequence, or of all (seq_id < 0).
+    // Positions [p0, p1) of one sequence, or of all (seq_id < 0); p1 < 0: to the end. Where a rewalk has failed, from its
+    // beginning: the tokens of this call only.
     void remove(llama_seq_id seq_id, llama_pos p0, llama_pos p1);
     void keep(llama_seq_id seq_id);
     // In one pool the sequences share records. Streams have their own cells: there the copy is one, whole, as upstream's is.
@@ -28,7 +29,7 @@ public:
     void clear(bool data);
 
     // Copies of records, for one sequence to take in: their bytes go to the host, and come back when a step wants them.
-    // Throws with nothing changed.
+    // Throws with nothing changed but host copies of the originals.
     std::vector<uint32_t> clone(const std::vector<uint32_t> & ids);
 
 private:

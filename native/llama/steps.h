@@ -13,8 +13,9 @@ public:
     steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted, const host_budget & budget)
         : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), budget(budget) {}
 
-    // A batch in steps that fit the pools; checks feasibility and changes nothing that stays. rewalks: the last step is the
-    // end of the prompt once more. Throws error.
+    // A batch in steps that fit the pools. rewalks: the last step is the end of the prompt once more. Throws error where it can
+    // never fit; no token has changed then, but the last output's entropy has been read, and the sequences' shares may be
+    // others.
     struct split_batch {
         std::vector<llama_ubatch> ubatches;
         bool                      rewalks    = false;

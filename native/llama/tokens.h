@@ -11,6 +11,8 @@
 #include "scoring/index_rows.h"
 #include "scoring/query_rings.h"
 
+#include <memory>
+
 namespace asrkf {
 
 struct record {

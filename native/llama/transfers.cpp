@@ -10,7 +10,7 @@ namespace asrkf {
 void transfers::synchronize() { ggml_backend_sched_synchronize(lctx->get_sched()); }
 
 void transfers::prepare() {
-    if (!lctx) {
+    if (!lctx || config.no_alloc) {
         return; // nothing has been computed, so nothing is on a device
     }
     synchronize();

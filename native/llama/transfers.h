@@ -44,10 +44,11 @@ public:
     fetched fetch(group & g, const wanted_tokens & wanted);
     void make_active(group & g, const wanted_tokens & wanted, const fetched & got);
 
-    // A decision of each demand's sequence, in one group.
+    // A decision of each demand's sequence, in one group. Throws where rows cannot be moved: tokens that were frozen by then are
+    // booked so, all others are as before, and the next step decides again.
     void carry_out(group & g, const std::vector<demand> & demands, const std::vector<plan> & plans);
     // Where rows have to cross to another memory, a block is copied once, when it leaves the window and its bytes cannot
-    // change any more; freezing its tokens later moves nothing.
+    // change any more; freezing its tokens later moves nothing. Without room for copies ahead of time it does nothing.
     void seal(group & g, uint32_t seq, llama_pos pos_end);
 
     // The bytes of one record's part, wherever they are.

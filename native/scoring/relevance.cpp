@@ -45,10 +45,11 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         }
     }
     for (ggml_backend_buffer_type_t buft : bufts) {
-        ggml_init_params params = { (2*specs.size() + 1)*ggml_tensor_overhead(), nullptr, true };
+        ggml_init_params params = { (2*specs.size() + 2)*ggml_tensor_overhead(), nullptr, true };
         contexts.emplace_back(ggml_init(params));
-        if (buft == specs[0].buft) {
-            scores = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, n_rows, 2);
+        if (buft == specs.back().buft) { // with partial offload the last layers are those on the device
+            mean_scores = ggml_new_tensor_1d(contexts.back().get(), GGML_TYPE_F32, n_rows);
+            peak_scores = ggml_new_tensor_1d(contexts.back().get(), GGML_TYPE_F32, n_rows);
         }
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
@@ -97,7 +98,7 @@ relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape &
     }
     if (shape.n_scored > 0) {
         b.scoring = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring));
-        if (kind == SCORE_ATTENTION || shape.several) {
+        if (has_mask(shape)) {
             b.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring));
         }
     }
@@ -106,44 +107,41 @@ relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape &
 
 // A mean of c tokens, m of them written by this step, is (1 - m/c) of what it was and 1/c of each: exact for tokens that come
 // in order. What is written again (rewalk), or follows a cut within a block, leaves the old keys a share.
-void relevance::set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const {
-    std::vector<int64_t> written;
+relevance::written relevance::written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const {
+    written w;
     if (!is_mean()) {
         for (const uint32_t r : records) {
-            written.push_back(index[r]);
+            w.rows.push_back(index[r]);
         }
-        ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
-        return;
+        return w;
     }
-    const size_t n = records.size(), n_most = b.shape.n_written;
-    std::vector<float> keep(n_most, 0), weights(n*n_most, 0);
+    const size_t n = records.size(), n_most = shape.n_written;
+    w.keep.assign(n_most, 0);
+    w.weights.assign(n*n_most, 0);
     for (size_t i = 0; i < n; ++i) {
         const int64_t row = index[records[i]];
-        const size_t  at  = size_t(std::find(written.begin(), written.end(), row) - written.begin());
+        const size_t  at  = size_t(std::find(w.rows.begin(), w.rows.end(), row) - w.rows.begin());
         if (at == n_most) {
             continue; // after cuts within blocks a rewalk may meet more of them: those keep their means
         }
-        if (at == written.size()) {
-            keep[at] = 1;
-            written.push_back(row);
+        if (at == w.rows.size()) {
+            w.keep[at] = 1;
+            w.rows.push_back(row);
         }
         const float share = 1.0f / float(index.tokens_of(uint32_t(row)));
-        keep[at] -= share;
-        weights[at*n + i] = share;
+        w.keep[at] -= share;
+        w.weights[at*n + i] = share;
     }
-    written.resize(n_most, n_rows);
-    const std::vector<int32_t> read(written.begin(), written.end());
-    ggml_backend_tensor_set(b.rows, written.data(), 0, ggml_nbytes(b.rows));
-    ggml_backend_tensor_set(b.read_rows, read.data(), 0, ggml_nbytes(b.read_rows));
-    ggml_backend_tensor_set(b.keep, keep.data(), 0, ggml_nbytes(b.keep));
-    ggml_backend_tensor_set(b.weights, weights.data(), 0, ggml_nbytes(b.weights));
+    w.rows.resize(n_most, n_rows);
+    w.read_rows.assign(w.rows.begin(), w.rows.end());
+    return w;
 }
 
-void relevance::set_mask(const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const {
-    if (!b.mask) {
-        return;
+std::vector<float> relevance::mask_of(const branch_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const {
+    if (!has_mask(shape)) {
+        return {};
     }
-    const uint32_t n_scored = b.shape.n_scored;
+    const uint32_t n_scored = shape.n_scored;
     std::vector<float> mask(size_t(n_scored)*queries.size(), 0);
     for (size_t q = 0; q < queries.size(); ++q) {
         float * seen = mask.data() + q*n_scored;
@@ -166,7 +164,16 @@ void relevance::set_mask(const branch & b, const index_rows & index, const std::
             first = std::max(first, 0.0f);
         }
     }
-    ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
+    return mask;
+}
+
+void relevance::set_written(const branch & b, const written & w) const {
+    ggml_backend_tensor_set(b.rows, w.rows.data(), 0, ggml_nbytes(b.rows));
+    if (is_mean()) {
+        ggml_backend_tensor_set(b.read_rows, w.read_rows.data(), 0, ggml_nbytes(b.read_rows));
+        ggml_backend_tensor_set(b.keep, w.keep.data(), 0, ggml_nbytes(b.keep));
+        ggml_backend_tensor_set(b.weights, w.weights.data(), 0, ggml_nbytes(b.weights));
+    }
 }
 
 void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
@@ -184,7 +191,6 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
     ggml_build_forward_expand(gf, index);
     ggml_build_forward_expand(gf, ring);
-    b.n_built++;
     if (b.shape.n_scored == 0) {
         return;
     }
@@ -219,9 +225,9 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
     // the graph allocator's: it would lie in whatever gap fits, in the reserve's graph beside large tensors of many tokens, in
     // a short step amid the branch's own room, where the next layer's branch then did not fit.
     mean   = ggml_scale(ctx, mean, 1.0f / float(n_scoring*l.n_head*int64_t(specs.size())));
-    b.mean = b.mean ? ggml_add_inplace(ctx, b.mean, mean) : ggml_cpy(ctx, mean, ggml_view_1d(ctx, scores, n, 0));
+    b.mean = b.mean ? ggml_add_inplace(ctx, b.mean, mean) : ggml_cpy(ctx, mean, ggml_view_1d(ctx, mean_scores, n, 0));
     b.peak = b.peak ? ggml_add_inplace(ctx, ggml_relu_inplace(ctx, ggml_sub_inplace(ctx, b.peak, peak)), peak)
-                    : ggml_cpy(ctx, peak, ggml_view_1d(ctx, scores, n, scores->nb[1]));
+                    : ggml_cpy(ctx, peak, ggml_view_1d(ctx, peak_scores, n, 0));
     ggml_build_forward_expand(gf, b.mean);
     ggml_build_forward_expand(gf, b.peak);
 }

@@ -1,7 +1,7 @@
 // Relevance: which tokens the newest queries attend to, computed in the model's own graph from ggml ops, so that every
 // backend has it. Knows ggml only.
 //
-// Scoring layers keep two things on the device beside the pool: an index of the whole sequence, frozen or not, and the
+// Scoring layers keep this on the device beside the pool: an index of the whole sequence, frozen or not, and the
 // newest queries. Each step writes its rows; a scoring step adds the attention of the kept queries over the whole index.
 // So frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
 // the index once. Where a prompt ends more queries score: a question is longer than a few tokens, and any of its words
@@ -13,7 +13,6 @@
 
 #include "common.h"
 #include "scoring/index_rows.h"
-#include "scoring/query_rings.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -82,16 +81,22 @@ public:
         ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
         ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
         ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
-        uint32_t      n_built    = 0;
     };
     branch new_branch(ggml_context * ctx, const branch_shape & shape) const;
-    // What the branch writes for these records, one for each of the step's tokens (rows, read_rows, keep, weights), and what
-    // it masks.
-    void set_written(const branch & b, const index_rows & index, const std::vector<uint32_t> & records) const;
-    void set_mask   (const branch & b, const index_rows & index, const std::vector<scoring_query> & queries) const;
+    // What a branch of this shape writes for these records, one for each of the step's tokens; and what it masks, empty if it
+    // masks nothing. Made before the step is computed: what runs out of memory must do so where the step can still be refused.
+    struct written {
+        std::vector<int64_t> rows;      // as the branch's inputs of these names
+        std::vector<int32_t> read_rows;
+        std::vector<float>   keep;
+        std::vector<float>   weights;
+    };
+    written            written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const;
+    std::vector<float> mask_of(const branch_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const;
+    void set_written(const branch & b, const written & w) const;
 
     // Add scoring layer i: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache sees
-    // them. Layers in order; the last one completes the outputs.
+    // them. Layers in order; after the last one mean and peak are complete.
     void build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const;
 
     void set_row(size_t i, uint32_t row, const void * bytes); // of scoring layer i: a key in the index type
@@ -100,6 +105,7 @@ private:
     struct state { ggml_tensor * index; ggml_tensor * ring; };
 
     bool is_mean() const { return tokens_per_row > 1; }
+    bool has_mask(const branch_shape & shape) const { return shape.n_scored > 0 && (kind == SCORE_ATTENTION || shape.several); }
 
     const std::vector<scoring_layer>     specs;
     const uint32_t                       n_rows;
@@ -110,7 +116,8 @@ private:
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
     std::vector<state>                   states; // by scoring layer
-    ggml_tensor *                        scores = nullptr; // F32 [n_rows, 2], with the first layer: the branch's mean and peak
+    ggml_tensor *                        mean_scores = nullptr; // F32 [n_rows], with the last layer: the running sums of the
+    ggml_tensor *                        peak_scores = nullptr; // branch that is computed, valid until the next scoring graph runs
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
     size_t                               n_bytes = 0;
 };

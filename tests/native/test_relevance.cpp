@@ -1,6 +1,7 @@
 // The graph's relevance branch against a scalar oracle, over several steps: index and ring outlive the graphs.
 #include "check.h"
 
+#include "scoring/query_rings.h"
 #include "scoring/relevance.h"
 
 #include "ggml-alloc.h"
@@ -252,8 +253,9 @@ void compare_means(bool cut) {
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
         const std::vector<int32_t> scoring = rings.scoring_rows(false);
         ggml_backend_tensor_set(b.scoring, scoring.data(), 0, ggml_nbytes(b.scoring));
-        branch_of.set_written(b, index, std::vector<uint32_t>(records.begin() + begin, records.end()));
-        branch_of.set_mask(b, index, { { rings.positions(false)[0], &records, &positions } });
+        branch_of.set_written(b, branch_of.written_by(b.shape, index, std::vector<uint32_t>(records.begin() + begin, records.end())));
+        const std::vector<float> mask = branch_of.mask_of(b.shape, index, { { rings.positions(false)[0], &records, &positions } });
+        ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
         std::vector<float> found(N_ROWS);
