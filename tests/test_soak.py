@@ -65,6 +65,17 @@ def test_each_kind_of_growth_is_found(soak, change, says):
     assert any(says in text for text in soak.failures(run))
 
 
+def test_a_mean_step_that_grows_is_told_apart_from_failures(soak):
+    run = tenths(soak)
+    for i, tenth in enumerate(run):
+        tenth.mean_seconds = 1e-3 * (1 + i / 9)
+    assert soak.failures(run) == [] and run[9].stats.tokens >= soak.SLOWER_TOKENS
+    assert soak.mean_grows(run)
+    for tenth in run:
+        tenth.mean_seconds = 1e-3
+    assert not soak.mean_grows(run)
+
+
 def test_a_short_run_keeps_its_bytes_and_writes_a_row(tmp_path):
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc/self/status: resident bytes are not known")
@@ -74,6 +85,7 @@ def test_a_short_run_keeps_its_bytes_and_writes_a_row(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (row,) = csv.DictReader(out.open())
     assert int(row["tokens"]) == 3000 and int(row["failures"]) == 0 and int(row["restores"]) > 0
+    assert int(row["steps"]) > 300  # almost all of them decode one token
     assert 3000 - 512 <= int(row["frozen_cells"]) < 3000
     assert row["command"].startswith("scripts/soak ")
 
@@ -84,4 +96,4 @@ def test_every_row_names_commit_machine_model_command_and_config():
     assert rows
     for row in rows:
         assert all(row[key] for key in ("commit", "machine", "model", "command", "config", "tokens", "step_seconds_median_last")), row
-        assert "+changes" not in row["commit"] and row["failures"].isdigit()
+        assert "+changes" not in row["commit"] and row["failures"] == "0"
