@@ -36,8 +36,8 @@ public:
     bool is_on() const { return scorer != nullptr; }
     const relevance * scoring() const { return scorer.get(); }
 
-    // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and whose queries
-    // score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings.
+    // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
+    // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings.
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
