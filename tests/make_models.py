@@ -37,7 +37,7 @@ def write_llama(
 ) -> None:
     """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings), or one of another architecture that differs by
     some metadata, extra F32 tensors of ones ("%d" in a name: one a layer), random matrices and F32 tensors of given values,
-    and tensors that it is without (of layers: in all). n_head_kv may be a list: one a layer.
+    and tensors that it is without (of layers: in all). n_head_kv may be a list: one a layer; a layer with none has no q, k and v.
     """
     heads_kv = n_head_kv if isinstance(n_head_kv, list) else [n_head_kv] * n_layer
     rng = np.random.default_rng(1)
@@ -87,9 +87,10 @@ def write_llama(
         add_ones(f"blk.{il}.attn_norm.weight", (n_embd,))
         add_ones(f"blk.{il}.ffn_norm.weight", (n_embd,))
         spread = n_embd**-0.5
-        add(f"blk.{il}.attn_q.weight", (n_head * head, n_embd), 1.5 * spread)
-        add(f"blk.{il}.attn_k.weight", (heads_kv[il] * head, n_embd), 1.5 * spread)
-        add(f"blk.{il}.attn_v.weight", (heads_kv[il] * head, n_embd), spread)
+        if heads_kv[il] > 0:
+            add(f"blk.{il}.attn_q.weight", (n_head * head, n_embd), 1.5 * spread)
+            add(f"blk.{il}.attn_k.weight", (heads_kv[il] * head, n_embd), 1.5 * spread)
+            add(f"blk.{il}.attn_v.weight", (heads_kv[il] * head, n_embd), spread)
         add(f"blk.{il}.attn_output.weight", (n_embd, n_head * head), spread)
         if "ffn_gate.weight" not in without:
             add(f"blk.{il}.ffn_gate.weight", (n_ff, n_embd), spread)

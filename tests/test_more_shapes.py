@@ -1,4 +1,5 @@
-"""RoPE that is scaled, copies of a model, and host RAM that runs out: as upstream, with something frozen."""
+"""RoPE that is scaled, KV heads that differ from layer to layer, copies of a model, and host RAM that runs out: as upstream, with
+something frozen."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from conftest import python
 from kv import check_states
 from make_models import write_tiny
 from test_architectures import N_TOKENS, compare_with_mask, logits_after, tokens
+
+from asrkf_gguf.models import kv_bytes_per_token
 
 YARN = {"rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN, "rope_freq_scale": 0.25, "yarn_orig_ctx": 128}
 FACTORS = {"rope_freqs.weight": np.geomspace(1.0, 8.0, 32)}  # LLaMA 3.1 has such a tensor
@@ -106,6 +109,45 @@ def test_with_scaled_rope_a_state_goes_on_as_if_nothing_had_been(load, rope):
     assert llm.kv_stats().tokens == N_TOKENS
     found = logits_after(llm)
     assert np.abs(found - expected).max() < 2e-3 * np.abs(expected).max()
+
+
+@pytest.fixture(params=[[2, 1, 2], [1, 2, 4]], ids=str)
+def heads(request, tmp_path: Path):
+    """A model of `deci`, whose layers differ in KV heads, and how many each has."""
+    write_tiny(tmp_path / "model.gguf", arch="deci", n_layer=3, n_head_kv=request.param)
+    return str(tmp_path / "model.gguf"), request.param
+
+
+def test_a_layer_without_attention_is_refused_by_its_number(load, tmp_path: Path):
+    write_tiny(tmp_path / "model.gguf", arch="deci", n_layer=3, n_head_kv=[2, 0, 1])
+    load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=512).eval(tokens(20, 1))
+    with pytest.raises(ValueError, match="layer 1 of this deci has no attention"):
+        load(str(tmp_path / "model.gguf"), kv_policy="asrkf", kv_pool=512)
+
+
+def test_with_heads_that_differ_a_frozen_token_is_one_that_attention_does_not_see(load, heads):
+    path, _ = heads
+    compare_with_mask(load, path)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_with_heads_that_differ_the_backend_allocates_what_is_said_of_a_token(load, heads, kind: str):
+    path, by_layer = heads
+    token_bytes = kv_bytes_per_token(Path(path), kind)
+    assert kind != "F16" or token_bytes == sum(by_layer) * 64 * 2 * 2  # heads of 64, K and V
+    stored = llama_cpp.GGML_TYPE_F16 if kind == "F16" else llama_cpp.GGML_TYPE_Q8_0
+    full = load(path, kv_policy="full", n_ctx=1024, type_k=stored, type_v=stored)
+    assert full.kv_stats().device_kv_bytes == 1024 * token_bytes
+    llm = load(path, kv_policy="asrkf,layers=each", kv_pool=512, n_ctx=1024, type_k=stored, type_v=stored)
+    llm.eval(tokens(900, 1))
+    assert np.isfinite(logits_after(llm, 20)).all()
+    check_states(llm)
+    groups = llm.kv_stats().groups
+    assert len(groups) == len(by_layer) and all(group.frozen_cells >= 920 - group.pool_cells for group in groups)
+    assert sum(group.token_bytes for group in groups) == token_bytes
+    assert llm.kv_stats().device_kv_bytes == sum(group.pool_cells * group.token_bytes for group in groups) <= 512 * token_bytes
+    rows = [llm.kv_rows(position, group) for position in (300, 900) for group in range(len(groups))]
+    assert [len(row) for row in rows] == 2 * [group.token_bytes for group in groups] and all(map(any, rows))
 
 
 def test_a_pickle_is_made_again_with_its_policy_and_pool(load, tiny):
