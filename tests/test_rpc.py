@@ -132,39 +132,12 @@ def test_the_servers_memory_shows_the_bound(smollm2):
 
 
 PARTLY = """
-import asrkf_gguf, conftest, llama_cpp
+import conftest
+from devices import check_that_it_freezes_as_on_the_cpu
 from make_models import write_tiny
-from test_architectures import compare_with_mask, logits_after, tokens
-from kv import check_states
 conftest.register_rpc_device()
 write_tiny(path := MODEL, n_layer=4)
-options = {"n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1, **OPTIONS}
-load = lambda path, **more: asrkf_gguf.Llama(path, **{**options, **more})
-compare_with_mask(load, path)
-for policy in ("asrkf,layers=each,window=64,index=f16", "asrkf,layers=shared,window=64,index=f16"):
-    found = []
-    for more in ({}, {"n_gpu_layers": 0}):
-        llm = load(path, kv_policy=policy, kv_pool=512, n_ctx=2048, **more)
-        llm.eval(tokens(1200, 1))
-        logits_after(llm, 60)
-        stats = llm.kv_stats()
-        check_states(llm)
-        assert stats.restores_total["recall"] > 0 and stats.frozen_cells >= 1260 - 512, stats
-        assert stats.device_kv_bytes == sum(group.pool_cells * group.token_bytes for group in stats.groups)
-        frozen = [{p for p, state in llm.kv_tokens(i) if state == "frozen"} for i in range(len(stats.groups))]
-        every = lambda: [llm.kv_rows(p, i) for i in range(len(stats.groups)) for p in range(1200)]
-        before = every()
-        assert llm.freeze(4, 1100) > 0 and every() == before
-        llm.restore(200, 300)
-        check_states(llm)
-        assert every() == before
-        found.append((frozen, stats))
-        llm.close()
-    (here, stats), (there, _) = found
-    agree = min(len(a & b) / len(a | b) for a, b in zip(here, there))
-    print(policy, "frozen here and on the CPU:", agree, "staging:", stats.device_staging_bytes)
-    assert agree > 0.97 and (stats.device_staging_bytes > 0) == STAGED
-print("done")
+check_that_it_freezes_as_on_the_cpu(path, is_staged=STAGED, **OPTIONS)
 """
 
 
@@ -182,4 +155,4 @@ def test_a_device_that_has_a_part_only_freezes_as_the_cpu_does(tmp_path: Path, o
         result = python(code, ASRKF_TEST_RPC=endpoint)
         assert process.poll() is None
     print(result.stdout)
-    assert result.returncode == 0 and result.stdout.endswith("done\n"), result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr[-3000:]

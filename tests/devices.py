@@ -1,0 +1,49 @@
+"""A model with some or all of it on another device, against the same model on the CPU."""
+
+from __future__ import annotations
+
+from kv import check_states
+from test_architectures import compare_with_mask, logits_after, tokens
+
+import asrkf_gguf
+
+
+def check_that_it_freezes_as_on_the_cpu(path: str, is_staged: bool, **options: object) -> None:
+    """What is frozen is out of attention, the same tokens are frozen as on the CPU, and rows keep their bytes through every move.
+
+    path: of a tiny model. options: of `Llama`, n_gpu_layers among them. is_staged: whether rows must cross to another memory.
+    The index is F16: a 4-bit one makes more of the last bits in which two devices differ.
+    """
+
+    def load(path: str, **more: object) -> asrkf_gguf.Llama:
+        return asrkf_gguf.Llama(path, **{"n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1, **options, **more})
+
+    compare_with_mask(load, path)
+    for layers in ("each", "shared"):
+        found = []
+        for more in ({}, {"n_gpu_layers": 0}):
+            llm = load(path, kv_policy=f"asrkf,layers={layers},window=64,index=f16", kv_pool=512, n_ctx=2048, **more)
+            device_bytes = llm.kv_stats().device_kv_bytes
+            llm.eval(tokens(1200, 1))
+            logits_after(llm, 60)
+            stats = llm.kv_stats()
+            check_states(llm)
+            assert stats.restores_total["recall"] > 0 and stats.frozen_cells >= 1260 - 512
+            assert stats.device_kv_bytes == device_bytes == sum(group.pool_cells * group.token_bytes for group in stats.groups)
+            frozen = [{p for p, state in llm.kv_tokens(i) if state == "frozen"} for i in range(len(stats.groups))]
+            before = rows(llm)
+            assert llm.freeze(4, 1100) > 0 and rows(llm) == before
+            assert llm.restore(200, 300) > 0 and rows(llm) == before
+            check_states(llm)
+            found.append((frozen, stats))
+            llm.close()
+        (here, stats), (there, _) = found
+        agree = min(len(a & b) / len(a | b) for a, b in zip(here, there, strict=True))
+        print(f"layers={layers}: of what is frozen here or on the CPU, {agree:.3f} is in both; {stats.device_staging_bytes} bytes of staging")
+        assert agree > 0.97
+        assert (stats.device_staging_bytes > 0) == is_staged
+
+
+def rows(llm: asrkf_gguf.Llama) -> list[bytes]:
+    """The bytes of the first 1,200 tokens, group by group."""
+    return [llm.kv_rows(position, group) for group in range(len(llm.kv_stats().groups)) for position in range(1200)]

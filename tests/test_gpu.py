@@ -1,0 +1,67 @@
+"""A GPU backend as the second device: weights, pool, index and scoring in its memory. Run by scripts/test_gpu, which builds for it.
+
+Mesa's software device is slow (about ten tokens a second of a real model), so the models here are tiny.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import llama_cpp
+import numpy as np
+import pytest
+from devices import check_that_it_freezes_as_on_the_cpu
+from make_models import write_tiny
+from test_architectures import logits_after, tokens
+
+
+DEVICE = os.environ.get("ASRKF_TEST_GPU")  # the backend's name, such as vulkan
+pytestmark = pytest.mark.skipif(not DEVICE, reason="no GPU backend is tested here: run scripts/test_gpu")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    write_tiny(tmp_path / "model.gguf", n_layer=4)
+    return str(tmp_path / "model.gguf")
+
+
+def test_the_build_sees_the_device(load, model, capfd):
+    llm = load(model, n_gpu_layers=-1, verbose=True, kv_policy="full", n_ctx=512)
+    llm.eval(tokens(8, 1))
+    log = capfd.readouterr().err
+    assert llama_cpp.llama_supports_gpu_offload() and f"using device {DEVICE}".lower() in log.lower()
+    assert "offloaded 5/5 layers to GPU" in log
+
+
+@pytest.mark.parametrize("n_gpu_layers", [-1, 3])
+def test_it_freezes_as_the_cpu_does(model, n_gpu_layers: int):
+    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, n_gpu_layers=n_gpu_layers)
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+def test_logits_with_a_pool_that_holds_everything_are_those_without_a_policy(load, model, kind: str):
+    stored = getattr(llama_cpp, f"GGML_TYPE_{kind}")
+    options = {"n_gpu_layers": -1, "n_ctx": 1024, "type_k": stored, "type_v": stored}
+    found = []
+    for policy, pool in (("full", None), ("asrkf", 1024)):
+        llm = load(model, kv_policy=policy, kv_pool=pool, **options)
+        llm.eval(tokens(300, 1))
+        found.append(logits_after(llm, 12))
+        llm.close()
+    np.testing.assert_array_equal(*found)
+
+
+def test_a_state_goes_from_the_device_to_the_cpu_and_back(load, model):
+    options = {"kv_policy": "asrkf,layers=each,window=64,index=f16", "kv_pool": 512, "n_ctx": 2048}
+    device, cpu = load(model, n_gpu_layers=-1, **options), load(model, n_gpu_layers=0, **options)
+    device.eval(tokens(900, 1))
+    rows = [device.kv_rows(position, group) for group in range(4) for position in range(900)]
+    cpu.load_state(device.save_state())
+    assert [cpu.kv_rows(position, group) for group in range(4) for position in range(900)] == rows
+    expected = logits_after(cpu)
+    device.reset()
+    cpu.reset()
+    cpu.eval(tokens(900, 1))
+    device.load_state(cpu.save_state())
+    assert np.abs(logits_after(device) - expected).max() < 0.05 * np.abs(expected).max()
