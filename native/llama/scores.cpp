@@ -182,30 +182,38 @@ void scores::index_records(const std::vector<uint32_t> & ids) {
 // members: the records of each index row that changes.
 void scores::index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members) {
     const ggml_type type = config.index_type();
-    const uint32_t  il   = scorer->layers()[i].il;
+    const scoring_layer & l = scorer->layers()[i];
     const auto parts = groups.row_parts();
-    const ggml_tensor * k = groups[groups.of_layer(il)].cache->k_of(il);
+    const ggml_tensor * k = groups[groups.of_layer(l.il)].cache->k_of(l.il);
     const row_part & part = *std::find_if(parts.begin(), parts.end(), [&](const row_part & p) { return p.tensor == k; });
-    std::vector<uint8_t> indexed(ggml_row_size(type, k->ne[0])), stored(part.row_bytes);
+    const size_t key_bytes = ggml_row_size(type, l.head);
+    std::vector<uint8_t> run, stored(part.row_bytes);
     std::vector<float>   values(size_t(k->ne[0])), sum;
-    for (uint32_t row = 0; row < members.size(); ++row) {
-        if (members[row].empty()) {
-            continue;
-        }
-        sum.assign(values.size(), 0);
-        for (const uint32_t id : members[row]) {
-            moves.read(part, id, stored.data());
-            if (k->type == GGML_TYPE_F32) {
-                std::memcpy(values.data(), stored.data(), part.row_bytes);
-            } else {
-                ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), k->ne[0]);
+    for (uint32_t begin = 0, end; begin < members.size(); begin = end) { // rows that follow each other go in one transfer
+        for (end = begin; end < members.size() && end - begin < POOL_PAD_CELLS && !members[end].empty(); ++end) {}
+        run.resize((end - begin)*key_bytes*size_t(l.n_head_kv));
+        for (uint32_t row = begin; row < end; ++row) {
+            sum.assign(values.size(), 0);
+            for (const uint32_t id : members[row]) {
+                moves.read(part, id, stored.data());
+                if (k->type == GGML_TYPE_F32) {
+                    std::memcpy(values.data(), stored.data(), part.row_bytes);
+                } else {
+                    ggml_get_type_traits(k->type)->to_float(stored.data(), values.data(), k->ne[0]);
+                }
+                for (size_t d = 0; d < sum.size(); ++d) {
+                    sum[d] += values[d] / float(members[row].size());
+                }
             }
-            for (size_t d = 0; d < sum.size(); ++d) {
-                sum[d] += values[d] / float(members[row].size());
+            for (size_t h = 0; h < size_t(l.n_head_kv); ++h) {
+                ggml_quantize_chunk(type, sum.data() + h*size_t(l.head), run.data() + (h*(end - begin) + row - begin)*key_bytes, 0, 1, l.head, nullptr);
             }
         }
-        ggml_quantize_chunk(type, sum.data(), indexed.data(), 0, 1, k->ne[0], nullptr);
-        scorer->set_row(i, row, indexed.data());
+        if (end > begin) {
+            scorer->set_rows(i, begin, end - begin, run.data());
+        } else {
+            ++end;
+        }
     }
 }
 

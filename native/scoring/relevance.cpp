@@ -53,7 +53,7 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         }
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
-                states[i].index = ggml_new_tensor_2d(contexts.back().get(), type, specs[i].head*specs[i].n_head_kv, n_rows + is_mean()); // and one for what a step does not write
+                states[i].index = ggml_new_tensor_3d(contexts.back().get(), type, specs[i].head, n_rows + is_mean(), specs[i].n_head_kv); // and a row for what a step does not write
                 states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_ring_rows);
             }
         }
@@ -76,9 +76,20 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
     }
 }
 
-void relevance::set_row(size_t i, uint32_t row, const void * bytes) {
+int64_t relevance::most_heads() const {
+    int64_t most = 0;
+    for (const scoring_layer & l : specs) {
+        most = std::max(most, l.n_head_kv);
+    }
+    return most;
+}
+
+void relevance::set_rows(size_t i, uint32_t first_row, uint32_t n, const uint8_t * keys) {
     ggml_tensor * index = states[i].index;
-    ggml_backend_tensor_set(index, bytes, row*index->nb[1], index->nb[1]);
+    const size_t n_bytes = n*index->nb[1];
+    for (int64_t h = 0; h < specs[i].n_head_kv; ++h) {
+        ggml_backend_tensor_set(index, keys + size_t(h)*n_bytes, first_row*index->nb[1] + size_t(h)*index->nb[2], n_bytes);
+    }
 }
 
 relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape & shape) const {
@@ -92,7 +103,7 @@ relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape &
     b.queries    = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_kept));
     b.query_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, shape.n_kept));
     if (is_mean()) {
-        b.read_rows = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_written));
+        b.read_rows = input(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, shape.n_written, most_heads()));
         b.keep      = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, shape.n_written));
         b.weights   = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_tokens, shape.n_written));
     }
@@ -133,7 +144,9 @@ relevance::written relevance::written_by(const branch_shape & shape, const index
         w.weights[at*n + i] = share;
     }
     w.rows.resize(n_most, n_rows);
-    w.read_rows.assign(w.rows.begin(), w.rows.end());
+    for (int64_t h = 0; h < most_heads(); ++h) {
+        w.read_rows.insert(w.read_rows.end(), w.rows.begin(), w.rows.end());
+    }
     return w;
 }
 
@@ -178,14 +191,17 @@ void relevance::set_written(const branch & b, const written & w) const {
 
 void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
     const scoring_layer & l = specs[i];
-    const auto rows_of = [&](ggml_tensor * t) {
-        return ggml_is_contiguous(t) ? ggml_reshape_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]) : ggml_cont_2d(ctx, t, t->ne[0]*t->ne[1], t->ne[2]);
-    };
-    k = rows_of(k);
-    q = ggml_get_rows(ctx, rows_of(q), b.queries);
+    const auto contiguous = [&](ggml_tensor * t) { return ggml_is_contiguous(t) ? t : ggml_cont(ctx, t); };
+    q = contiguous(q);
+    q = ggml_get_rows(ctx, ggml_reshape_2d(ctx, q, l.head*l.n_head, q->ne[2]), b.queries);
     if (is_mean()) {
-        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, b.read_rows), b.keep);
-        k = ggml_add(ctx, kept, ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights));
+        ggml_tensor * rows = b.read_rows->ne[1] == l.n_head_kv ? b.read_rows : ggml_view_2d(ctx, b.read_rows, b.shape.n_written, l.n_head_kv, b.read_rows->nb[1], 0);
+        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, rows), b.keep);
+        k = ggml_reshape_2d(ctx, contiguous(k), l.head*l.n_head_kv, b.shape.n_tokens);
+        k = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights);
+        k = ggml_add(ctx, kept, ggml_permute(ctx, ggml_reshape_3d(ctx, k, l.head, l.n_head_kv, b.shape.n_written), 0, 2, 1, 3));
+    } else {
+        k = ggml_permute(ctx, k, 0, 2, 1, 3);
     }
     ggml_tensor * index = ggml_set_rows(ctx, states[i].index, k, b.rows);
     ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
@@ -197,7 +213,7 @@ void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i
 
     const bool    prompt_end = b.shape.prompt_end;
     const int64_t n = b.shape.n_scored, n_scoring = b.shape.n_scoring;
-    index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], ggml_row_size(index->type, l.head), 0);
+    index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], index->nb[2], 0);
     // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
     ring  = ggml_get_rows(ctx, ring, b.scoring);
     ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));

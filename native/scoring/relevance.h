@@ -9,6 +9,8 @@
 // - exact: the K row of every token in a small type;
 // - mean_key: one row for a block of tokens, the mean of their K rows, in F16. Its attention is the block's: a logit
 //   counts as often as the block has tokens.
+// It lies head by head, [head, rows, key heads]: devices multiply quantised matrices that are contiguous over two dimensions,
+// and a step's row numbers serve all heads.
 #pragma once
 
 #include "common.h"
@@ -72,7 +74,7 @@ public:
     struct branch {
         branch_shape  shape;
         ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
-        ggml_tensor * read_rows  = nullptr;  // I32 [n_written]: the same rows, where a row is a mean
+        ggml_tensor * read_rows  = nullptr;  // I32 [n_written, key heads]: the same rows for each head, where a row is a mean
         ggml_tensor * keep       = nullptr;  // F32 [1, n_written]: part of a mean that stays
         ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
         ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
@@ -99,12 +101,17 @@ public:
     // them. Layers in order; after the last one mean and peak are complete.
     void build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const;
 
-    void set_row(size_t i, uint32_t row, const void * bytes); // of scoring layer i: a key in the index type
+    // Of scoring layer i: n rows from first_row on, in the index type, one head's keys after the other's.
+    void set_rows(size_t i, uint32_t first_row, uint32_t n, const uint8_t * keys);
 
 private:
-    struct state { ggml_tensor * index; ggml_tensor * ring; };
+    struct state { // of a scoring layer
+        ggml_tensor * index; // [head, rows, n_head_kv]
+        ggml_tensor * ring;  // F32 [head*n_head, n_ring_rows]
+    };
 
     bool is_mean() const { return tokens_per_row > 1; }
+    int64_t most_heads() const; // that have keys, of any scoring layer
     bool has_mask(const branch_shape & shape) const { return shape.n_scored > 0 && (kind == SCORE_ATTENTION || shape.several); }
 
     const std::vector<scoring_layer>     specs;
