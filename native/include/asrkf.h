@@ -107,9 +107,9 @@ struct asrkf_stats {
     uint32_t n_sequences;              /* that have tokens */
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
-    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, the newest queries, and the scores */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
-    uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers */
+    uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers, and those of scoring */
     uint64_t host_kv_bytes;            /* allocated for the host store */
     uint64_t host_kv_peak_bytes;
     uint64_t moved_to_host_bytes;
@@ -135,9 +135,9 @@ struct asrkf_stats {
     float    entropy_deviation;
     uint64_t steps_total;              /* ubatches */
     uint64_t decisions_total;
-    uint64_t scoring_steps_total;      /* steps whose graph had the relevance branch */
+    uint64_t scoring_steps_total;      /* steps after which the index was scored */
     double   policy_seconds;
-    double   scoring_seconds;          /* reading scores back and folding them in; the branch itself is part of compute */
+    double   scoring_seconds;          /* queueing scoring graphs and folding scores in; where devices compute in turn with the host (CPU), computing them, too */
     double   moves_seconds;
 };
 

@@ -95,10 +95,8 @@ bool memory_context::apply() {
     }
 }
 
-void memory_context::on_computed(llama_context & lctx, const llm_graph_result &) {
-    if (side.shape.n_scored > 0) {
-        scored.read_back(lctx, side);
-    }
+void memory_context::on_computed(llama_context &, const llm_graph_result &) {
+    scored.run(side);
     placing.computed(has_output && i_cur + 1 == ubatches.size());
 }
 

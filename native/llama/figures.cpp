@@ -34,6 +34,7 @@ asrkf_stats figures::stats(llama_context * ctx) const {
             s.restores_redundant_total += rule.n_redundant();
         }
     }
+    s.device_compute_bytes = scored.compute_bytes();
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         s.device_compute_bytes += data.context > 0 ? data.compute : 0;
     }
@@ -107,10 +108,8 @@ std::map<ggml_backend_buffer_type_t, size_t> figures::memory_breakdown() const {
             sum[buft] += size;
         }
     }
-    if (scored.is_on()) {
-        for (const auto & [buft, size] : scored.scoring()->breakdown()) {
-            sum[buft] += size;
-        }
+    for (const auto & [buft, size] : scored.breakdown()) {
+        sum[buft] += size;
     }
     return sum;
 }

@@ -1,5 +1,7 @@
 #include "llama/scores.h"
 
+#include "llama/refusal.h"
+
 #include "llama-context.h"
 
 #include <algorithm>
@@ -23,18 +25,18 @@ scores::scores(const settings & config, layer_groups & groups, token_table & tok
     const uint32_t n_rows = config.n_index_rows();
     scorer = std::make_unique<relevance>(layers, n_rows, config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
             hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, config.no_alloc);
-    arrived.reset(ggml_backend_buft_alloc_buffer(buft, 2*n_rows*sizeof(float)));
+    graphs = std::make_unique<scoring_graphs>(*scorer, largest_shapes(), config.no_alloc);
+    arrived.reset(ggml_backend_buft_alloc_buffer(buft, graphs->n_parts()*2*n_rows*sizeof(float)));
     if (!arrived) {
         throw error(ASRKF_INTERNAL, "no host memory for the scores");
     }
 }
 
 void scores::prepare(side_step & step, const std::vector<part> & parts, bool prompt_end) {
-    step.shape = {};
     if (!scorer) {
         return;
     }
-    step.shape.n_tokens = uint32_t(step.records.size());
+    step.shape = worst_shape(uint32_t(step.records.size())); // so that it changes with the number of tokens only
     for (const part & p : parts) {
         std::vector<llama_pos> step_pos;
         for (const uint32_t i : p.tokens) {
@@ -46,39 +48,41 @@ void scores::prepare(side_step & step, const std::vector<part> & parts, bool pro
             step.queries.push_back(int32_t(p.tokens[size_t(i)]));
         }
     }
-    step.shape.n_written = step.shape.n_tokens;
-    if (config.index_tokens_per_row() > 1) { // as many as a sequence's tokens can fill, or more where there are several
-        std::vector<uint32_t> written;
-        for (const uint32_t id : step.records) {
-            written.push_back((*tokens.index)[id]);
-        }
-        std::sort(written.begin(), written.end());
-        const uint32_t n_distinct = uint32_t(std::unique(written.begin(), written.end()) - written.begin());
-        step.shape.n_written = std::min(std::max(n_distinct, scorer->n_written(step.shape.n_tokens)), worst_shape(step.shape.n_tokens).n_written);
-    }
     step.shape.n_kept = uint32_t(step.queries.size());
+    step.written      = scorer->written_by(step.shape, *tokens.index, step.records);
     if (!step.scored.empty()) {
-        step.shape.prompt_end = prompt_end;
-        step.shape.n_scored   = std::min(scorer->rows(), (tokens.index->n_used() + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
-        step.shape.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
-        step.shape.several    = step.scored.size() > 1;
-        prepare_queries(step);
+        prepare_scoring(step, prompt_end);
     }
-    step.written = scorer->written_by(step.shape, *tokens.index, step.records);
 }
 
 branch_shape scores::worst_shape(uint32_t n_tokens) const {
-    const bool     ends   = config.rewalk_tokens >= 2 && groups.first().rules[0].params.recall;
-    const uint32_t n_seqs = std::min(config.n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries)), n_scoring = n_seqs*config.score_queries;
     branch_shape shape;
-    shape.n_tokens   = n_tokens;
-    shape.n_written  = config.index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + 2*(std::min(n_tokens, config.n_seq_max) - 1);
-    shape.n_kept     = std::min(n_tokens, config.n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
-    shape.n_scored   = scorer->rows();
-    shape.prompt_end = ends && n_scoring < PROMPT_END_QUERIES;
-    shape.n_scoring  = shape.prompt_end ? PROMPT_END_QUERIES : n_scoring;
-    shape.several    = n_seqs > 1 && !shape.prompt_end;
+    shape.n_tokens  = n_tokens;
+    shape.n_written = config.index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + 2*(std::min(n_tokens, config.n_seq_max) - 1);
+    shape.n_kept    = std::min(n_tokens, config.n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
     return shape;
+}
+
+// As choose_scored() has them: one sequence, as many as may be, and a prompt's end.
+std::vector<scoring_shape> scores::largest_shapes() const {
+    const uint32_t n_seqs = std::min(config.n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries));
+    std::vector<scoring_shape> shapes = { { 0, config.score_queries, false, false } };
+    if (n_seqs > 1) {
+        shapes.push_back({ 0, n_seqs*config.score_queries, false, true });
+    }
+    if (config.rewalk_tokens >= 2 && groups.first().rules[0].params.recall) {
+        shapes.push_back({ 0, PROMPT_END_QUERIES, true, false });
+    }
+    return shapes;
+}
+
+std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scores::breakdown() const {
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
+    if (scorer) {
+        sizes = graphs->breakdown();
+        sizes.insert(sizes.end(), scorer->breakdown().begin(), scorer->breakdown().end());
+    }
+    return sizes;
 }
 
 int scores::place_of(int32_t il) const {
@@ -90,8 +94,12 @@ int scores::place_of(int32_t il) const {
     return -1;
 }
 
-// Of the step's sequences that score: rows of their rings, and what each query sees.
-void scores::prepare_queries(side_step & step) const {
+// Of the step's sequences that score: rows of their rings, what each query sees, and the graph.
+void scores::prepare_scoring(side_step & step, bool prompt_end) {
+    step.scores.n_scored   = graphs->size_class(tokens.index->n_used());
+    step.scores.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
+    step.scores.prompt_end = prompt_end;
+    step.scores.several    = step.scored.size() > 1;
     std::vector<std::vector<llama_pos>> positions;
     for (const uint32_t seq : step.scored) {
         positions.push_back(tokens.positions_of(tokens.sequences[seq]));
@@ -99,13 +107,27 @@ void scores::prepare_queries(side_step & step) const {
     std::vector<scoring_query> queries;
     for (size_t i = 0; i < step.scored.size(); ++i) {
         const sequence & s = tokens.sequences[step.scored[i]];
-        const std::vector<int32_t> own = s.rings.scoring_rows(step.shape.prompt_end);
+        const std::vector<int32_t> own = s.rings.scoring_rows(prompt_end);
         step.scoring.insert(step.scoring.end(), own.begin(), own.end());
-        for (const int32_t pos : s.rings.positions(step.shape.prompt_end)) {
+        for (const int32_t pos : s.rings.positions(prompt_end)) {
             queries.push_back({ pos, &s.records, &positions[i] });
         }
     }
-    step.mask = scorer->mask_of(step.shape, *tokens.index, queries);
+    step.mask = scorer->mask_of(step.scores, *tokens.index, queries);
+    attach();
+    graphs->prepare(step.scores);
+}
+
+void scores::attach() {
+    if (graphs->is_attached()) {
+        return;
+    }
+    ggml_backend_sched_t sched = moves.context()->get_sched();
+    std::vector<ggml_backend_t> backends; // they stay, the scheduler may not
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        backends.push_back(ggml_backend_sched_get_backend(sched, i));
+    }
+    graphs->attach(backends);
 }
 
 // llama.cpp calls this where nothing may throw: all is made by now.
@@ -118,21 +140,23 @@ void scores::set_input(const side_step & step, const relevance::branch & branch)
     scorer->set_written(branch, step.written);
     set(branch.queries, step.queries);
     set(branch.query_rows, step.query_rows);
-    set(branch.scoring, step.scoring);
-    set(branch.mask, step.mask);
-    running = &branch;
 }
 
-void scores::read_back(llama_context & ctx, const side_step & step) {
-    stopwatch watch(counted.scoring_seconds);
-    ggml_backend_sched_t sched = ctx.get_sched();
-    auto * out = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
-    n_arrived = step.shape.n_scored;
-    for (ggml_tensor * scores : { running->mean, running->peak }) {
-        ggml_backend_tensor_get_async(ggml_backend_sched_get_tensor_backend(sched, scores), scores, out, 0, n_arrived*sizeof(float));
-        out += n_arrived;
+void scores::run(side_step & step) {
+    if (step.scored.empty()) {
+        return;
     }
-    pending = step.scored;
+    stopwatch watch(counted.scoring_seconds);
+    run_scoring = std::move(step.scoring);
+    run_mask    = std::move(step.mask);
+    n_arrived   = step.scores.n_scored;
+    if (graphs->run(step.scores, run_scoring, run_mask, static_cast<float *>(ggml_backend_buffer_get_base(arrived.get())))) {
+        pending = step.scored;
+    } else {
+        pending.clear();
+        counted.scoring_steps_total--;
+        refuse("the device failed to compute a step's scores: its policy goes by the last ones", ASRKF_INTERNAL);
+    }
 }
 
 void scores::fold_in() {
@@ -141,8 +165,14 @@ void scores::fold_in() {
     }
     stopwatch watch(counted.scoring_seconds);
     moves.synchronize();
-    const auto * means = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
-    const float * peaks = means + n_arrived;
+    auto * means = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
+    float * peaks = means + n_arrived;
+    for (size_t p = 1; p < graphs->n_parts(); ++p) { // of other devices
+        for (uint32_t row = 0; row < n_arrived; ++row) {
+            means[row] += means[2*p*n_arrived + row];
+            peaks[row]  = std::max(peaks[row], peaks[2*p*n_arrived + row]);
+        }
+    }
     const float n_scored = float(pending.size());
     for (const uint32_t seq : pending) {
         const sequence & s = tokens.sequences[seq];

@@ -1,9 +1,10 @@
-// What the newest queries make of the tokens: the side branch of the model's graph, the index and rings that it reads, and
-// the scores that come back. Scores of a step arrive with its logits and are folded in before the next decision.
+// What the newest queries make of the tokens: the side branch of the model's graph, which writes index and rings; the scoring
+// graph that reads them; and the scores that come back. Scores of a step arrive with its logits and are folded in before the
+// next decision, never later and never earlier, so that a seed repeats.
 #pragma once
 
 #include "llama/transfers.h"
-#include "scoring/relevance.h"
+#include "scoring/scoring_graph.h"
 
 namespace asrkf {
 
@@ -14,15 +15,16 @@ struct part {
     llama_pos             pos_end;
 };
 
-// A step's side branch.
+// A step's side branch, and its scoring.
 struct side_step {
     branch_shape          shape;
     std::vector<uint32_t> records;    // of its tokens
     std::vector<int32_t>  queries;    // which tokens' queries are kept, and where
     std::vector<int64_t>  query_rows;
-    std::vector<uint32_t> scored;     // the sequences whose queries score
-    relevance::written    written;    // index rows; and for the queries that score, where they are, and what they see
-    std::vector<int32_t>  scoring;
+    relevance::written    written;    // index rows
+    std::vector<uint32_t> scored;     // the sequences whose queries score, and
+    scoring_shape         scores;
+    std::vector<int32_t>  scoring;    // where their queries are, and what they see
     std::vector<float>    mask;
 };
 
@@ -37,22 +39,27 @@ public:
     const relevance * scoring() const { return scorer.get(); }
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
-    // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings.
+    // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings. Throws
+    // error(ASRKF_INTERNAL) without memory.
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
+    // Of scoring graphs, beside the scheduler's own buffers.
+    size_t compute_bytes() const { return graphs ? graphs->device_bytes() : 0; }
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // and of index and rings
 
     // Which of the scoring layers il is, -1: none. They are built in order; the first begins a new graph.
     int  place_of(int32_t il) const;
     relevance::branch new_branch(ggml_context * ctx, const branch_shape & shape) const { return scorer->new_branch(ctx, shape); }
-    void build(ggml_context * ctx, ggml_cgraph * gf, int i, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale) const {
+    void build(ggml_context * ctx, ggml_cgraph * gf, int i, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale) {
         scorer->build(ctx, gf, *building, size_t(i), q, k_cur, kq_scale);
     }
-    relevance::branch * building = nullptr; // of the graph that is being built
+    const relevance::branch * building = nullptr; // of the graph that is being built
 
     void set_input(const side_step & step, const relevance::branch & branch);
-    // Queue the way back of a step's scores.
-    void read_back(llama_context & ctx, const side_step & step);
+    // The step's graph has been queued: queue its scoring, if it scores. Where a device fails the step goes without scores, and
+    // says so.
+    void run(side_step & step);
     // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
     // sequences share has what they all want of it.
     void fold_in();
@@ -62,7 +69,9 @@ public:
     void index_records(const std::vector<uint32_t> & ids);
 
 private:
-    void prepare_queries(side_step & step) const;
+    std::vector<scoring_shape> largest_shapes() const;
+    void prepare_scoring(side_step & step, bool prompt_end);
+    void attach();
     void index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members);
 
     const settings &           config;
@@ -71,8 +80,10 @@ private:
     transfers &                moves;
     counters &                 counted;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
-    const relevance::branch *  running = nullptr;  // of the graph that runs
-    ggml_backend_buffer_ptr    arrived;            // means, then peaks, [n_arrived] each: never moved, it may still be written
+    std::unique_ptr<scoring_graphs> graphs;        // as well
+    std::vector<int32_t>       run_scoring;        // what a run reads, until it is synchronised
+    std::vector<float>         run_mask;
+    ggml_backend_buffer_ptr    arrived;            // of each part means, then peaks, [n_arrived] each: never moved, it may still be written
     uint32_t                   n_arrived = 0;
     std::vector<uint32_t>      pending;            // the sequences whose scores are there
 };

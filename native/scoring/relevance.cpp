@@ -7,33 +7,9 @@
 
 namespace asrkf {
 
-namespace {
-
-// Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
-ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
-    const auto part = [&](ggml_tensor * x, int64_t begin, int64_t n) {
-        return ggml_view_3d(ctx, x, x->ne[0], n, x->ne[2], x->nb[1], x->nb[2], size_t(begin)*x->nb[1]);
-    };
-    const auto join = [&](ggml_tensor * a, ggml_tensor * b) {
-        return maximum ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, a, b)), b) : ggml_add(ctx, a, b); // max(a, b) = relu(a - b) + b
-    };
-    ggml_tensor * rest = nullptr;
-    while (t->ne[1] > 1) {
-        const int64_t half = t->ne[1] / 2;
-        if (t->ne[1] % 2) {
-            ggml_tensor * last = part(t, t->ne[1] - 1, 1);
-            rest = rest ? join(rest, last) : last;
-        }
-        t = join(part(t, 0, half), part(t, half, half));
-    }
-    return rest ? join(t, rest) : t;
-}
-
-} // namespace
-
 relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
         score_kind kind, float soft_cap, bool no_alloc)
-    : specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_ring_rows(n_ring_rows), kind(kind), soft_cap(soft_cap), states(layers.size()) {
+    : kind(kind), soft_cap(soft_cap), specs(layers), n_rows(n_rows), tokens_per_row(tokens_per_row), n_ring_rows(n_ring_rows), by_layer(layers.size()) {
     std::vector<ggml_backend_buffer_type_t> bufts;
     for (const scoring_layer & l : specs) {
         if (l.head % ggml_blck_size(type) != 0) {
@@ -45,16 +21,12 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
         }
     }
     for (ggml_backend_buffer_type_t buft : bufts) {
-        ggml_init_params params = { (2*specs.size() + 2)*ggml_tensor_overhead(), nullptr, true };
+        ggml_init_params params = { 2*specs.size()*ggml_tensor_overhead(), nullptr, true };
         contexts.emplace_back(ggml_init(params));
-        if (buft == specs.back().buft) { // with partial offload the last layers are those on the device
-            mean_scores = ggml_new_tensor_1d(contexts.back().get(), GGML_TYPE_F32, n_rows);
-            peak_scores = ggml_new_tensor_1d(contexts.back().get(), GGML_TYPE_F32, n_rows);
-        }
         for (size_t i = 0; i < specs.size(); ++i) {
             if (specs[i].buft == buft) {
-                states[i].index = ggml_new_tensor_3d(contexts.back().get(), type, specs[i].head, n_rows + is_mean(), specs[i].n_head_kv); // and a row for what a step does not write
-                states[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_ring_rows);
+                by_layer[i].index = ggml_new_tensor_3d(contexts.back().get(), type, specs[i].head, n_rows + is_mean(), specs[i].n_head_kv); // and a row for what a step does not write
+                by_layer[i].ring  = ggml_new_tensor_2d(contexts.back().get(), GGML_TYPE_F32, specs[i].head*specs[i].n_head, n_ring_rows);
             }
         }
         size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(contexts.back().get(), buft);
@@ -85,7 +57,7 @@ int64_t relevance::most_heads() const {
 }
 
 void relevance::set_rows(size_t i, uint32_t first_row, uint32_t n, const uint8_t * keys) {
-    ggml_tensor * index = states[i].index;
+    ggml_tensor * index = by_layer[i].index;
     const size_t n_bytes = n*index->nb[1];
     for (int64_t h = 0; h < specs[i].n_head_kv; ++h) {
         ggml_backend_tensor_set(index, keys + size_t(h)*n_bytes, first_row*index->nb[1] + size_t(h)*index->nb[2], n_bytes);
@@ -106,12 +78,6 @@ relevance::branch relevance::new_branch(ggml_context * ctx, const branch_shape &
         b.read_rows = input(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, shape.n_written, most_heads()));
         b.keep      = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, 1, shape.n_written));
         b.weights   = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_tokens, shape.n_written));
-    }
-    if (shape.n_scored > 0) {
-        b.scoring = input(ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring));
-        if (has_mask(shape)) {
-            b.mask = input(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring));
-        }
     }
     return b;
 }
@@ -150,7 +116,7 @@ relevance::written relevance::written_by(const branch_shape & shape, const index
     return w;
 }
 
-std::vector<float> relevance::mask_of(const branch_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const {
+std::vector<float> relevance::mask_of(const scoring_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const {
     if (!has_mask(shape)) {
         return {};
     }
@@ -189,63 +155,23 @@ void relevance::set_written(const branch & b, const written & w) const {
     }
 }
 
-void relevance::build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const {
+void relevance::build(ggml_context * ctx, ggml_cgraph * gf, const branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) {
     const scoring_layer & l = specs[i];
     const auto contiguous = [&](ggml_tensor * t) { return ggml_is_contiguous(t) ? t : ggml_cont(ctx, t); };
     q = contiguous(q);
     q = ggml_get_rows(ctx, ggml_reshape_2d(ctx, q, l.head*l.n_head, q->ne[2]), b.queries);
     if (is_mean()) {
         ggml_tensor * rows = b.read_rows->ne[1] == l.n_head_kv ? b.read_rows : ggml_view_2d(ctx, b.read_rows, b.shape.n_written, l.n_head_kv, b.read_rows->nb[1], 0);
-        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, states[i].index, rows), b.keep);
+        ggml_tensor * kept = ggml_mul(ctx, ggml_get_rows(ctx, by_layer[i].index, rows), b.keep);
         k = ggml_reshape_2d(ctx, contiguous(k), l.head*l.n_head_kv, b.shape.n_tokens);
         k = ggml_mul_mat(ctx, ggml_cont(ctx, ggml_transpose(ctx, k)), b.weights);
         k = ggml_add(ctx, kept, ggml_permute(ctx, ggml_reshape_3d(ctx, k, l.head, l.n_head_kv, b.shape.n_written), 0, 2, 1, 3));
     } else {
         k = ggml_permute(ctx, k, 0, 2, 1, 3);
     }
-    ggml_tensor * index = ggml_set_rows(ctx, states[i].index, k, b.rows);
-    ggml_tensor * ring  = ggml_set_rows(ctx, states[i].ring, q, b.query_rows);
-    ggml_build_forward_expand(gf, index);
-    ggml_build_forward_expand(gf, ring);
-    if (b.shape.n_scored == 0) {
-        return;
-    }
-
-    const bool    prompt_end = b.shape.prompt_end;
-    const int64_t n = b.shape.n_scored, n_scoring = b.shape.n_scoring;
-    index = ggml_view_3d(ctx, index, l.head, n, l.n_head_kv, index->nb[1], index->nb[2], 0);
-    // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
-    ring  = ggml_get_rows(ctx, ring, b.scoring);
-    ring  = ggml_cont(ctx, ggml_view_3d(ctx, ring, l.head, n_scoring, l.n_head, ring->nb[1], size_t(l.head)*sizeof(float), 0));
-    ring  = ggml_reshape_3d(ctx, ring, l.head, n_scoring*(l.n_head/l.n_head_kv), l.n_head_kv);
-    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, index, ring), n, n_scoring, l.n_head);
-    if (kind == SCORE_MAGNITUDE) {
-        kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
-        kq = b.mask ? ggml_mul(ctx, kq, b.mask) : kq;
-    } else {
-        float scale = kq_scale;
-        if (soft_cap > 0) {
-            kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, scale / soft_cap)), soft_cap);
-            scale = 1;
-        }
-        kq = ggml_soft_max_ext(ctx, kq, b.mask, scale, 0.0f);
-    }
-    // at a prompt's end any word of a question may be the one that asks; over steps a head that asks for long: what a single
-    // query asks for would bounce
-    ggml_tensor * heads = ggml_reshape_2d(ctx, fold(ctx, kq, false), n, l.n_head);
-    ggml_tensor * mean  = fold(ctx, heads, false);
-    ggml_tensor * peak  = prompt_end ? fold(ctx, ggml_reshape_2d(ctx, kq, n, n_scoring*l.n_head), true)
-                                       : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(n_scoring));
-
-    // Expanded here, so that a layer's branch runs beside its attention and its memory is free again. What outlives it is not
-    // the graph allocator's: it would lie in whatever gap fits, in the reserve's graph beside large tensors of many tokens, in
-    // a short step amid the branch's own room, where the next layer's branch then did not fit.
-    mean   = ggml_scale(ctx, mean, 1.0f / float(n_scoring*l.n_head*int64_t(specs.size())));
-    b.mean = b.mean ? ggml_add_inplace(ctx, b.mean, mean) : ggml_cpy(ctx, mean, ggml_view_1d(ctx, mean_scores, n, 0));
-    b.peak = b.peak ? ggml_add_inplace(ctx, ggml_relu_inplace(ctx, ggml_sub_inplace(ctx, b.peak, peak)), peak)
-                    : ggml_cpy(ctx, peak, ggml_view_1d(ctx, peak_scores, n, 0));
-    ggml_build_forward_expand(gf, b.mean);
-    ggml_build_forward_expand(gf, b.peak);
+    by_layer[i].kq_scale = kq_scale;
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, by_layer[i].index, k, b.rows));
+    ggml_build_forward_expand(gf, ggml_set_rows(ctx, by_layer[i].ring, q, b.query_rows));
 }
 
 } // namespace asrkf

@@ -1,8 +1,8 @@
-// Relevance: which tokens the newest queries attend to, computed in the model's own graph from ggml ops, so that every
-// backend has it. Knows ggml only.
+// What relevance is made of: which tokens the newest queries attend to. Knows ggml only.
 //
 // Scoring layers keep this on the device beside the pool: an index of the whole sequence, frozen or not, and the
-// newest queries. Each step writes its rows; a scoring step adds the attention of the kept queries over the whole index.
+// newest queries. Each step's graph writes its rows, in the same shape whether the step scores or not. A scoring step then
+// computes the attention of the kept queries over the whole index, in a graph of its own (scoring_graph.h).
 // So frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
 // the index once. Where a prompt ends more queries score: a question is longer than a few tokens, and any of its words
 // may be the one that asks. The index holds
@@ -40,23 +40,28 @@ struct scoring_query {
     const std::vector<int32_t>  * positions;
 };
 
-// The shape of one graph's branch.
+// The shape of what one graph of the model writes.
 struct branch_shape {
-    uint32_t n_tokens   = 0;
-    uint32_t n_written  = 0;     // index rows
-    uint32_t n_kept     = 0;     // queries
-    uint32_t n_scored   = 0;     // index rows that are scored, 0 in a graph that only writes
+    uint32_t n_tokens  = 0;
+    uint32_t n_written = 0; // index rows
+    uint32_t n_kept    = 0; // queries
+    bool operator==(const branch_shape & o) const { return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept; }
+};
+
+// The shape of a step's scoring.
+struct scoring_shape {
+    uint32_t n_scored   = 0;     // index rows
     uint32_t n_scoring  = 0;     // by so many queries
     bool     prompt_end = false; // which are those of a prompt's end
     bool     several    = false; // sequences: each query sees its own
-    bool operator==(const branch_shape & o) const {
-        return n_tokens == o.n_tokens && n_written == o.n_written && n_kept == o.n_kept && n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end && several == o.several;
+    bool operator==(const scoring_shape & o) const {
+        return n_scored == o.n_scored && n_scoring == o.n_scoring && prompt_end == o.prompt_end && several == o.several;
     }
 };
 
 class relevance {
 public:
-    // n_ring_rows: of queries, all sequences together. soft_cap: of the attention logits, 0 for none. no_alloc: sizes only.
+    // n_ring_rows: of queries, all sequences together. no_alloc: sizes only.
     // Throws error(ASRKF_UNSUPPORTED) if the type does not divide a head, error(ASRKF_INTERNAL) without memory. With more
     // than one token a row, rows are means of keys.
     relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows, uint32_t tokens_per_row, uint32_t n_ring_rows, ggml_type type,
@@ -70,7 +75,7 @@ public:
     // Index rows that a step writes which gives a sequence so many tokens: it may begin and end within a block.
     uint32_t n_written(uint32_t n_tokens) const { return is_mean() ? (n_tokens + tokens_per_row - 2) / tokens_per_row + 1 : n_tokens; }
 
-    // One graph's inputs and outputs.
+    // The inputs of one graph of the model.
     struct branch {
         branch_shape  shape;
         ggml_tensor * rows       = nullptr;  // I64 [n_written]: index row of each token, or the rows of the step's blocks
@@ -79,13 +84,9 @@ public:
         ggml_tensor * weights    = nullptr;  // F32 [n_tokens, n_written]: part that each token gets
         ggml_tensor * queries    = nullptr;  // I32 [n_kept]: tokens of this step whose queries are kept
         ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
-        ggml_tensor * scoring    = nullptr;  // I32 [n_scoring]: rows of the rings that score
-        ggml_tensor * mask       = nullptr;  // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
-        ggml_tensor * mean       = nullptr;  // F32 [n_scored]: averaged over queries, heads and scoring layers
-        ggml_tensor * peak       = nullptr;  // F32 [n_scored]: highest of all heads of all scoring layers; averaged over queries, at a prompt's end the highest
     };
     branch new_branch(ggml_context * ctx, const branch_shape & shape) const;
-    // What a branch of this shape writes for these records, one for each of the step's tokens; and what it masks, empty if it
+    // What a branch of this shape writes for these records, one for each of the step's tokens; and what scoring masks, empty if it
     // masks nothing. Made before the step is computed: what runs out of memory must do so where the step can still be refused.
     struct written {
         std::vector<int64_t> rows;      // as the branch's inputs of these names
@@ -94,37 +95,38 @@ public:
         std::vector<float>   weights;
     };
     written            written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const;
-    std::vector<float> mask_of(const branch_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const;
+    std::vector<float> mask_of(const scoring_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const;
     void set_written(const branch & b, const written & w) const;
 
-    // Add scoring layer i: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache sees
-    // them. Layers in order; after the last one mean and peak are complete.
-    void build(ggml_context * ctx, ggml_cgraph * gf, branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale) const;
+    // Add scoring layer i to a graph: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache
+    // sees them.
+    void build(ggml_context * ctx, ggml_cgraph * gf, const branch & b, size_t i, ggml_tensor * q, ggml_tensor * k, float kq_scale);
 
     // Of scoring layer i: n rows from first_row on, in the index type, one head's keys after the other's.
     void set_rows(size_t i, uint32_t first_row, uint32_t n, const uint8_t * keys);
 
-private:
     struct state { // of a scoring layer
-        ggml_tensor * index; // [head, rows, n_head_kv]
-        ggml_tensor * ring;  // F32 [head*n_head, n_ring_rows]
+        ggml_tensor * index;        // [head, rows, n_head_kv]
+        ggml_tensor * ring;         // F32 [head*n_head, n_ring_rows]
+        float         kq_scale = 1; // known once a graph of the model has been built
     };
+    const std::vector<state> & states() const { return by_layer; }
+    bool has_mask(const scoring_shape & shape) const { return kind == SCORE_ATTENTION || shape.several; }
 
+    const score_kind kind;
+    const float      soft_cap; // of the attention logits, 0 for none
+
+private:
     bool is_mean() const { return tokens_per_row > 1; }
     int64_t most_heads() const; // that have keys, of any scoring layer
-    bool has_mask(const branch_shape & shape) const { return shape.n_scored > 0 && (kind == SCORE_ATTENTION || shape.several); }
 
     const std::vector<scoring_layer>     specs;
     const uint32_t                       n_rows;
     const uint32_t                       tokens_per_row;
     const uint32_t                       n_ring_rows;
-    const score_kind                     kind;
-    const float                          soft_cap;
     std::vector<ggml_context_ptr>        contexts;
     std::vector<ggml_backend_buffer_ptr> buffers;
-    std::vector<state>                   states; // by scoring layer
-    ggml_tensor *                        mean_scores = nullptr; // F32 [n_rows], with the last layer: the running sums of the
-    ggml_tensor *                        peak_scores = nullptr; // branch that is computed, valid until the next scoring graph runs
+    std::vector<state>                   by_layer;
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
     size_t                               n_bytes = 0;
 };

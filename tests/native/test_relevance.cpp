@@ -1,8 +1,8 @@
-// The graph's relevance branch against a scalar oracle, over several steps: index and ring outlive the graphs.
+// Index and rings as a model's graph writes them, and the scoring graph, against a scalar oracle over several steps.
 #include "check.h"
 
 #include "scoring/query_rings.h"
-#include "scoring/relevance.h"
+#include "scoring/scoring_graph.h"
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
@@ -81,6 +81,10 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
     }
     relevance branch_of(layers, N_ROWS, 1, FIRST_RING_ROW + n_kept_rows, type, kind, s.soft_cap, false);
+    const scoring_shape shape = { N_ROWS, prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end, false };
+    scoring_graphs graphs(branch_of, { shape }, false);
+    graphs.attach({ backend.get() });
+    const size_t reserved_bytes = graphs.device_bytes();
     CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + n_kept_rows*s.n_head*s.head*sizeof(float)));
 
     oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), {} };
@@ -91,13 +95,11 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
     int32_t pos = 0;
     for (const uint32_t n_tokens : { 40u, 1u, 3u, 20u, 1u }) { // the last one scores
         const bool scoring = pos > 60;
-        const uint32_t n_scored = scoring ? N_ROWS : 0;
         ggml_init_params params = { 2048*ggml_tensor_overhead() + ggml_graph_overhead_custom(4096, false), nullptr, true };
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 4096, false);
-        relevance::branch b = branch_of.new_branch(ctx, { n_tokens, n_tokens, query_rings::n_kept(n_tokens, s.n_queries), n_scored,
-                prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end });
+        relevance::branch b = branch_of.new_branch(ctx, { n_tokens, n_tokens, query_rings::n_kept(n_tokens, s.n_queries) });
         std::vector<ggml_tensor *> tq, tk;
         for (uint32_t i = 0; i < s.n_layers; ++i) {
             tq.push_back(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, s.head, s.n_head, n_tokens));
@@ -141,13 +143,15 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         ggml_backend_tensor_set(b.rows, rows.data(), 0, ggml_nbytes(b.rows));
         ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
-        if (b.scoring) {
-            const auto scoring = rings.scoring_rows(prompt_end);
-            ggml_backend_tensor_set(b.scoring, scoring.data(), 0, ggml_nbytes(b.scoring));
+        CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
+        pos += int32_t(n_tokens);
+        if (!scoring) {
+            continue;
         }
-        if (b.mask) {
+        std::vector<float> mask;
+        if (branch_of.has_mask(shape)) {
             const auto scoring_pos = rings.positions(prompt_end);
-            std::vector<float> mask(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
+            mask.assign(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
             for (uint32_t r = 0; r < N_ROWS; ++r) {
                 for (size_t i = 0; i < scoring_pos.size(); ++i) {
                     if (o.row_pos[r] >= 0 && o.row_pos[r] <= scoring_pos[i]) {
@@ -155,20 +159,16 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
                     }
                 }
             }
-            ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
         }
-        CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
-        pos += int32_t(n_tokens);
-        if (!scoring) {
-            CHECK(b.peak == nullptr && b.mean == nullptr);
-            continue;
-        }
+        const std::vector<int32_t> scoring_rows = rings.scoring_rows(prompt_end);
+        std::vector<float> out(2*N_ROWS);
+        graphs.prepare(shape);
+        CHECK(graphs.run(shape, scoring_rows, mask, out.data()));
+        ggml_backend_synchronize(backend.get());
+        CHECK(graphs.device_bytes() == reserved_bytes);
         // ggml rounds q to the type that the index's dot product wants: F16 or Q8_0
         const double tolerance = type == GGML_TYPE_F16 ? 2e-3 : 2e-2;
-        const auto check = [&](ggml_tensor * t, const std::vector<double> & expected) {
-            std::vector<float> found(N_ROWS);
-            CHECK(ggml_nelements(t) == N_ROWS);
-            ggml_backend_tensor_get(t, found.data(), 0, ggml_nbytes(t));
+        const auto check = [&](const float * found, const std::vector<double> & expected) {
             double worst = 0, largest = 0;
             for (uint32_t r = 0; r < N_ROWS; ++r) {
                 worst   = std::max(worst, std::fabs(found[r] - expected[r]));
@@ -184,8 +184,8 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         for (double & x : mean) {
             sum += x /= double(s.n_layers);
         }
-        check(b.mean, mean);
-        check(b.peak, peak);
+        check(out.data(), mean);
+        check(out.data() + N_ROWS, peak);
         if (kind == SCORE_ATTENTION) {
             CHECK(std::fabs(sum - 1) < 1e-6);
         }
@@ -199,6 +199,9 @@ void compare_means(bool cut) {
     std::normal_distribution<float> normal;
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1 + PROMPT_END_QUERIES, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
+    const scoring_shape shape = { N_ROWS, 1, false, false };
+    scoring_graphs graphs(branch_of, { shape }, false);
+    graphs.attach({ backend.get() });
     index_rows index(N_ROWS, PER_ROW);
     query_rings rings(1, 0);
     std::vector<uint32_t> records; // by token: numbers in no order
@@ -212,7 +215,7 @@ void compare_means(bool cut) {
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx = holder.get();
         ggml_cgraph * graph = ggml_new_graph_custom(ctx, 256, false);
-        relevance::branch b = branch_of.new_branch(ctx, { n, branch_of.n_written(n), query_rings::n_kept(n, 1), N_ROWS, 1, false });
+        relevance::branch b = branch_of.new_branch(ctx, { n, branch_of.n_written(n), query_rings::n_kept(n, 1) });
         ggml_tensor * q = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n), * k = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, HEAD, 1, n);
         branch_of.build(ctx, graph, b, 0, q, k, 1.0f);
         ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, backend.get()));
@@ -251,15 +254,15 @@ void compare_means(bool cut) {
         rings.keep(std::vector<int32_t>(positions.begin() + begin, positions.end()), kept, query_rows);
         ggml_backend_tensor_set(b.queries, kept.data(), 0, ggml_nbytes(b.queries));
         ggml_backend_tensor_set(b.query_rows, query_rows.data(), 0, ggml_nbytes(b.query_rows));
-        const std::vector<int32_t> scoring = rings.scoring_rows(false);
-        ggml_backend_tensor_set(b.scoring, scoring.data(), 0, ggml_nbytes(b.scoring));
         branch_of.set_written(b, branch_of.written_by(b.shape, index, std::vector<uint32_t>(records.begin() + begin, records.end())));
-        const std::vector<float> mask = branch_of.mask_of(b.shape, index, { { rings.positions(false)[0], &records, &positions } });
-        ggml_backend_tensor_set(b.mask, mask.data(), 0, ggml_nbytes(b.mask));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
-        std::vector<float> found(N_ROWS);
-        ggml_backend_tensor_get(b.mean, found.data(), 0, ggml_nbytes(b.mean));
+        const std::vector<int32_t> scoring = rings.scoring_rows(false);
+        const std::vector<float> mask = branch_of.mask_of(shape, index, { { rings.positions(false)[0], &records, &positions } });
+        std::vector<float> found(2*N_ROWS);
+        graphs.prepare(shape);
+        CHECK(graphs.run(shape, scoring, mask, found.data()));
+        ggml_backend_synchronize(backend.get());
         return found;
     };
     const auto expected = [&] {
@@ -389,6 +392,135 @@ TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and where no
     CHECK(rows.n_used() == 0);
     index_rows single(3, 1);
     for (uint32_t i = 0; i < 3; ++i) { single.append(i, int64_t(i) - 1); CHECK(single[i] == i); }
+}
+
+namespace {
+
+// A LLaMA-3-like index of 4,096 rows, of layers on one device.
+relevance large_index(ggml_backend_dev_t dev, ggml_type type, uint32_t tokens_per_row) {
+    std::vector<scoring_layer> layers;
+    for (uint32_t il : { 3u, 7u }) {
+        layers.push_back({ il, 128, 32, 8, ggml_backend_dev_buffer_type(dev) });
+    }
+    return relevance(layers, 4096, tokens_per_row, 40, type, SCORE_ATTENTION, 0, false);
+}
+
+// What backends ask of an operation beyond its name: rules of those that are not there to be asked.
+void check_shape_rules(const ggml_tensor * node) {
+    const ggml_tensor * a = node->src[0], * b = node->src[1];
+    switch (node->op) {
+        case GGML_OP_MUL_MAT: // Vulkan, CUDA: a quantised matrix, and what it is multiplied with
+            CHECK(!ggml_is_quantized(a->type) || (a->nb[1] == ggml_row_size(a->type, a->ne[0]) && a->nb[0] == ggml_type_size(a->type)));
+            CHECK(b->type == GGML_TYPE_F32 && ggml_is_contiguous(b));
+            break;
+        case GGML_OP_SET_ROWS:
+            CHECK(a->type == GGML_TYPE_F32 && b->type == GGML_TYPE_I64 && b->ne[1] == 1 && ggml_is_contiguous_rows(a));
+            break;
+        case GGML_OP_GET_ROWS:
+            CHECK(node->type == GGML_TYPE_F32 && b->type == GGML_TYPE_I32 && a->ne[2] == b->ne[1]);
+            break;
+        case GGML_OP_SOFT_MAX:
+            CHECK(ggml_is_contiguous(a) && a->type == GGML_TYPE_F32 && ggml_is_contiguous(b) && b->type == GGML_TYPE_F32);
+            break;
+        case GGML_OP_SCALE:
+        case GGML_OP_UNARY:
+            CHECK(ggml_is_contiguous(a) && a->type == GGML_TYPE_F32);
+            break;
+        case GGML_OP_ADD:
+        case GGML_OP_SUB:
+        case GGML_OP_MUL:
+            CHECK(a->type == GGML_TYPE_F32 && b->type == GGML_TYPE_F32 && a->nb[0] == sizeof(float) && b->nb[0] == sizeof(float));
+            break;
+        default:
+            CHECK(node->op == GGML_OP_CONT || node->op == GGML_OP_VIEW || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE);
+    }
+}
+
+void check_graphs_on(ggml_backend_dev_t dev, ggml_type type, uint32_t tokens_per_row) {
+    relevance kept = large_index(dev, type, tokens_per_row);
+    const scoring_shape step = { 4096, 16, false, true }, prompt = { 4096, PROMPT_END_QUERIES, true, false };
+    scoring_graphs graphs(kept, { step, prompt }, false);
+    const auto check = [&](ggml_cgraph * graph) {
+        for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+            const ggml_tensor * node = ggml_graph_node(graph, i);
+            CHECK(ggml_backend_dev_supports_op(dev, node));
+            check_shape_rules(node);
+        }
+    };
+    for (const scoring_shape & shape : { step, prompt }) {
+        graphs.prepare(shape);
+        check(graphs.graphs()[0]);
+    }
+    for (const uint32_t n : { 1u, 8u, 64u }) {
+        ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead_custom(256, false), nullptr, true };
+        ggml_context_ptr holder(ggml_init(params));
+        ggml_cgraph * graph = ggml_new_graph_custom(holder.get(), 256, false);
+        relevance::branch b = kept.new_branch(holder.get(), { n, kept.n_written(n), query_rings::n_kept(n, 4) });
+        for (size_t i = 0; i < 2; ++i) {
+            kept.build(holder.get(), graph, b, i, ggml_new_tensor_3d(holder.get(), GGML_TYPE_F32, 128, 32, n),
+                    ggml_new_tensor_3d(holder.get(), GGML_TYPE_F32, 128, 8, n), 1.0f);
+        }
+        check(graph);
+    }
+}
+
+} // namespace
+
+TEST(operations, "every node of our graphs is one that the devices compute, in shapes that the others take, too") {
+    for (size_t i = 0; i < ggml_backend_dev_count(); ++i) {
+        ggml_backend_dev_t dev = ggml_backend_dev_get(i);
+        if (ggml_backend_dev_type(dev) == GGML_BACKEND_DEVICE_TYPE_ACCEL) {
+            continue; // computes products alone, beside the CPU
+        }
+        for (const ggml_type type : { GGML_TYPE_Q4_0, GGML_TYPE_Q8_0, GGML_TYPE_F16 }) {
+            check_graphs_on(dev, type, 1);
+        }
+        check_graphs_on(dev, GGML_TYPE_F16, 16);
+    }
+}
+
+TEST(graphs, "a size has its graph, four to an octave; the newest are kept as they are, in the room of the largest") {
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    relevance kept = large_index(ggml_backend_get_device(backend.get()), GGML_TYPE_Q4_0, 1);
+    const scoring_shape largest = { 0, 4, false, false };
+    scoring_graphs graphs(kept, { largest }, false);
+    const size_t reserved_bytes = graphs.device_bytes();
+    CHECK(scoring_graphs(kept, { largest }, true).device_bytes() == reserved_bytes);
+    CHECK(reserved_bytes >= 4096*4*32*sizeof(float) && reserved_bytes < 3*4096*4*32*sizeof(float));
+    std::vector<uint32_t> sizes;
+    for (uint32_t n = 0; n <= 4096; ++n) {
+        const uint32_t size = graphs.size_class(n);
+        CHECK(size >= n && (n < 2048 ? size <= std::max(256u, n + n/4 + 256) : size <= n + n/4));
+        if (sizes.empty() || sizes.back() != size) {
+            sizes.push_back(size);
+        }
+    }
+    CHECK((sizes == std::vector<uint32_t>{ 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096 }));
+    graphs.attach({ backend.get() });
+    std::vector<ggml_cgraph *> seen;
+    for (const uint32_t size : { 256u, 512u, 256u, 768u, 1024u, 1280u, 256u, 4096u }) {
+        graphs.prepare({ size, 4, false, false });
+        seen.push_back(graphs.graphs()[0]);
+        CHECK(graphs.device_bytes() == reserved_bytes);
+    }
+    CHECK(seen[0] == seen[2] && seen[0] == seen[6] && seen[0] != seen[1]);
+}
+
+TEST(failing_run, "a device that fails gives no scores") {
+    ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
+    relevance kept = large_index(ggml_backend_get_device(backend.get()), GGML_TYPE_F16, 1);
+    const scoring_shape shape = { 256, 4, false, false };
+    scoring_graphs graphs(kept, { shape }, false);
+    graphs.attach({ backend.get() });
+    graphs.prepare(shape);
+    const std::vector<int32_t> scoring = { 0, 1, 2, 3 };
+    const std::vector<float> mask(256*4, 0);
+    std::vector<float> out(2*256);
+    fail_scoring_in = 2;
+    CHECK(graphs.run(shape, scoring, mask, out.data()));
+    CHECK(!graphs.run(shape, scoring, mask, out.data()));
+    CHECK(graphs.run(shape, scoring, mask, out.data()));
+    CHECK(std::fabs(out[0]*256 - 1) < 1e-5); // empty rows: all the same
 }
 
 TEST(wrong_type, "an index type whose blocks do not divide a head is refused") {

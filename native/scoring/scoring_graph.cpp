@@ -1,0 +1,297 @@
+#include "scoring/scoring_graph.h"
+
+#include "ggml-alloc.h"
+
+#include <algorithm>
+
+namespace asrkf {
+
+thread_local uint32_t fail_scoring_in = 0;
+
+namespace {
+
+constexpr uint32_t ROWS_UNIT       = 256; // rows that are scored: so many, or a multiple
+constexpr uint32_t QUERIES_AT_ONCE = 8;   // their products with the whole index lie in memory together
+constexpr size_t   KEPT_GRAPHS     = 4;
+
+// Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
+ggml_tensor * joined(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, bool maximum) {
+    return maximum ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, a, b)), b) : ggml_add(ctx, a, b); // max(a, b) = relu(a - b) + b
+}
+
+ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
+    const auto part = [&](ggml_tensor * x, int64_t begin, int64_t n) {
+        return ggml_view_3d(ctx, x, x->ne[0], n, x->ne[2], x->nb[1], x->nb[2], size_t(begin)*x->nb[1]);
+    };
+    ggml_tensor * rest = nullptr;
+    while (t->ne[1] > 1) {
+        const int64_t half = t->ne[1] / 2;
+        if (t->ne[1] % 2) {
+            ggml_tensor * last = part(t, t->ne[1] - 1, 1);
+            rest = rest ? joined(ctx, rest, last, maximum) : last;
+        }
+        t = joined(ctx, part(t, 0, half), part(t, half, half), maximum);
+    }
+    return rest ? joined(ctx, t, rest, maximum) : t;
+}
+
+ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // host memory may name none
+}
+
+} // namespace
+
+struct scoring_graphs::graph {
+    graph(const relevance & kept, const std::vector<size_t> & layers, const scoring_shape & shape);
+
+    const scoring_shape shape;
+    ggml_context_ptr    holder;
+    ggml_cgraph *       nodes   = nullptr;
+    ggml_tensor *       scoring = nullptr; // I32 [n_scoring]: rows of the rings that score
+    ggml_tensor *       mask    = nullptr; // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
+    ggml_tensor *       mean    = nullptr; // F32 [n_scored]: averaged over queries, heads and all scoring layers; of this part's layers
+    ggml_tensor *       peak    = nullptr; // F32 [n_scored]: highest of all heads of these layers; averaged over queries, at a prompt's end the highest
+
+private:
+    void add_layer(const relevance & kept, size_t i);
+    ggml_tensor * scores_of(const relevance & kept, size_t i, ggml_tensor * queries, uint32_t first, uint32_t n) const;
+};
+
+struct scoring_graphs::part {
+    std::vector<size_t>        layers; // of the scoring layers
+    ggml_backend_buffer_type_t buft;
+    ggml_backend_t             backend = nullptr;
+    ggml_gallocr_ptr           room;
+    size_t                     n_bytes = 0;
+    std::list<graph>           graphs;  // the newest first
+};
+
+//
+// a graph
+//
+
+scoring_graphs::graph::graph(const relevance & kept, const std::vector<size_t> & layers, const scoring_shape & shape) : shape(shape) {
+    const size_t n_chunks = (shape.n_scoring + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
+    const size_t n_most   = 8 + layers.size()*(160 + 64*n_chunks);
+    ggml_init_params params = { n_most*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_most, false), nullptr, true };
+    holder.reset(ggml_init(params));
+    ggml_context * ctx = holder.get();
+    nodes = ggml_new_graph_custom(ctx, n_most, false);
+    scoring = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, shape.n_scoring);
+    ggml_set_input(scoring);
+    if (kept.has_mask(shape)) {
+        mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring);
+        ggml_set_input(mask);
+    }
+    for (const size_t i : layers) {
+        add_layer(kept, i);
+    }
+    for (ggml_tensor * out : { mean, peak }) {
+        ggml_set_output(out);
+    }
+}
+
+// [n_scored, n, n_head]: what n of the queries that score make of the index rows.
+ggml_tensor * scoring_graphs::graph::scores_of(const relevance & kept, size_t i, ggml_tensor * queries, uint32_t first, uint32_t n) const {
+    ggml_context * ctx = holder.get();
+    const scoring_layer & l = kept.layers()[i];
+    const float kq_scale = kept.states()[i].kq_scale;
+    ggml_tensor * index = kept.states()[i].index;
+    ggml_tensor * keys = ggml_view_3d(ctx, index, l.head, shape.n_scored, l.n_head_kv, index->nb[1], index->nb[2], 0);
+    // the queries of all heads that share a key head in one contiguous matrix: the CPU's fast product asks for that
+    ggml_tensor * q = ggml_view_3d(ctx, queries, l.head, n, l.n_head, queries->nb[1], size_t(l.head)*sizeof(float), first*queries->nb[1]);
+    q = ggml_reshape_3d(ctx, ggml_cont(ctx, q), l.head, n*(l.n_head/l.n_head_kv), l.n_head_kv);
+    ggml_tensor * kq = ggml_reshape_3d(ctx, ggml_mul_mat(ctx, keys, q), shape.n_scored, n, l.n_head);
+    ggml_tensor * seen = mask ? ggml_view_2d(ctx, mask, shape.n_scored, n, mask->nb[1], first*mask->nb[1]) : nullptr;
+    if (kept.kind == SCORE_MAGNITUDE) {
+        kq = ggml_scale(ctx, ggml_abs(ctx, kq), kq_scale);
+        return seen ? ggml_mul(ctx, kq, seen) : kq;
+    }
+    if (kept.soft_cap > 0) {
+        kq = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, kq, kq_scale / kept.soft_cap)), kept.soft_cap);
+    }
+    return ggml_soft_max_ext(ctx, kq, seen, kept.soft_cap > 0 ? 1.0f : kq_scale, 0.0f);
+}
+
+void scoring_graphs::graph::add_layer(const relevance & kept, size_t i) {
+    ggml_context * ctx = holder.get();
+    const int64_t n_head = kept.layers()[i].n_head, n = shape.n_scored;
+    ggml_tensor * queries = ggml_get_rows(ctx, kept.states()[i].ring, scoring);
+    ggml_tensor * sums = nullptr, * tops = nullptr; // over the queries, [n_scored, 1, n_head]
+    for (uint32_t first = 0; first < shape.n_scoring; first += QUERIES_AT_ONCE) {
+        ggml_tensor * some = scores_of(kept, i, queries, first, std::min(QUERIES_AT_ONCE, shape.n_scoring - first));
+        ggml_tensor * sum  = fold(ctx, some, false);
+        sums = sums ? ggml_add(ctx, sums, sum) : sum;
+        if (shape.prompt_end) {
+            ggml_tensor * top = fold(ctx, some, true);
+            tops = tops ? joined(ctx, tops, top, true) : top;
+            ggml_build_forward_expand(nodes, tops);
+        }
+        ggml_build_forward_expand(nodes, sums); // here, so that the next queries find this room free
+    }
+    const auto by_head = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, ggml_is_contiguous(t) ? t : ggml_cont(ctx, t), n, n_head); };
+    ggml_tensor * heads = by_head(sums);
+    // at a prompt's end any word of a question may be the one that asks; over steps a head that asks for long: what a single
+    // query asks for would bounce
+    ggml_tensor * top  = shape.prompt_end ? fold(ctx, by_head(tops), true) : ggml_scale(ctx, fold(ctx, heads, true), 1.0f / float(shape.n_scoring));
+    ggml_tensor * part = ggml_scale(ctx, fold(ctx, heads, false), 1.0f / float(shape.n_scoring*n_head*int64_t(kept.layers().size())));
+    mean = mean ? ggml_add(ctx, mean, part) : part;
+    peak = peak ? joined(ctx, peak, top, true) : top;
+    ggml_build_forward_expand(nodes, mean);
+    ggml_build_forward_expand(nodes, peak);
+}
+
+//
+// all of them
+//
+
+scoring_graphs::scoring_graphs(const relevance & kept, const std::vector<scoring_shape> & largest, bool no_alloc) : kept(kept) {
+    for (size_t i = 0; i < kept.layers().size(); ++i) {
+        const ggml_backend_buffer_type_t buft = kept.layers()[i].buft;
+        auto found = std::find_if(parts.begin(), parts.end(), [&](const auto & p) { return p->buft == buft; });
+        if (found == parts.end()) {
+            parts.push_back(std::make_unique<part>());
+            parts.back()->buft = buft;
+            parts.back()->room.reset(ggml_gallocr_new(buft));
+            found = parts.end() - 1;
+        }
+        (*found)->layers.push_back(i);
+    }
+    for (auto & p : parts) {
+        reserve(*p, largest, no_alloc);
+    }
+}
+
+scoring_graphs::~scoring_graphs() = default;
+
+// A smaller graph may fit its room worse: each is tried.
+void scoring_graphs::reserve(part & p, const std::vector<scoring_shape> & largest, bool no_alloc) {
+    scoring_shape needs_most;
+    for (scoring_shape shape : largest) {
+        shape.n_scored = 0;
+        while (shape.n_scored < kept.rows()) {
+            shape.n_scored = size_class(shape.n_scored + 1);
+            graph g(kept, p.layers, shape);
+            check_ops(p, g);
+            size_t n_bytes = 0;
+            ggml_gallocr_reserve_n_size(p.room.get(), g.nodes, nullptr, nullptr, &n_bytes);
+            if (n_bytes > p.n_bytes) {
+                p.n_bytes  = n_bytes;
+                needs_most = shape;
+            }
+        }
+    }
+    if (!no_alloc) {
+        if (!ggml_gallocr_reserve(p.room.get(), graph(kept, p.layers, needs_most).nodes)) {
+            throw error(ASRKF_INTERNAL, format("no %zu bytes on %s to compute scores in: lower n_ctx, or name fewer score_layers", p.n_bytes,
+                    ggml_backend_buft_name(p.buft)));
+        }
+        p.n_bytes = ggml_gallocr_get_buffer_size(p.room.get(), 0);
+    }
+}
+
+// Here, not when a scheduler would compute elsewhere what a device cannot, and carry the index there.
+void scoring_graphs::check_ops(const part & p, const graph & g) const {
+    ggml_backend_dev_t dev = device_of(p.buft);
+    for (int i = 0; i < ggml_graph_n_nodes(g.nodes); ++i) {
+        ggml_tensor * node = ggml_graph_node(g.nodes, i);
+        if (!ggml_backend_dev_supports_op(dev, node)) {
+            throw error(ASRKF_UNSUPPORTED, format("%s lacks %s of %s, which scores are computed with: use index=f16, or kv_policy=\"window\"",
+                    ggml_backend_dev_name(dev), ggml_op_desc(node), ggml_type_name(node->src[0]->type)));
+        }
+    }
+}
+
+size_t scoring_graphs::device_bytes() const {
+    size_t n_bytes = 0;
+    for (const auto & p : parts) {
+        n_bytes += p->n_bytes;
+    }
+    return n_bytes;
+}
+
+std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scoring_graphs::breakdown() const {
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
+    for (const auto & p : parts) {
+        sizes.emplace_back(p->buft, p->n_bytes);
+    }
+    return sizes;
+}
+
+uint32_t scoring_graphs::size_class(uint32_t n_used) const {
+    uint32_t units = (std::max(n_used, 1u) + ROWS_UNIT - 1) / ROWS_UNIT, step = 1;
+    while (units / step >= 8) {
+        step *= 2;
+    }
+    units = (units + step - 1) / step * step;
+    return std::min(kept.rows(), units*ROWS_UNIT);
+}
+
+void scoring_graphs::attach(const std::vector<ggml_backend_t> & backends) {
+    for (auto & p : parts) {
+        for (ggml_backend_t backend : backends) {
+            if (!p->backend && ggml_backend_get_device(backend) == device_of(p->buft)) {
+                p->backend = backend;
+            }
+        }
+        if (!p->backend) {
+            throw error(ASRKF_UNSUPPORTED, format("no backend of this context computes on %s", ggml_backend_buft_name(p->buft)));
+        }
+    }
+}
+
+bool scoring_graphs::is_attached() const { return std::all_of(parts.begin(), parts.end(), [](const auto & p) { return p->backend != nullptr; }); }
+
+void scoring_graphs::prepare(const scoring_shape & shape) {
+    for (auto & p : parts) {
+        const auto found = std::find_if(p->graphs.begin(), p->graphs.end(), [&](const graph & g) { return g.shape == shape; });
+        if (found != p->graphs.end()) {
+            p->graphs.splice(p->graphs.begin(), p->graphs, found);
+            continue;
+        }
+        p->graphs.emplace_front(kept, p->layers, shape);
+        const bool   made    = ggml_gallocr_alloc_graph(p->room.get(), p->graphs.front().nodes);
+        const size_t n_bytes = ggml_gallocr_get_buffer_size(p->room.get(), 0);
+        if (made && n_bytes == p->n_bytes) {
+            while (p->graphs.size() > KEPT_GRAPHS) {
+                p->graphs.pop_back();
+            }
+            continue;
+        }
+        p->graphs.clear(); // never computed in room that is gone
+        p->n_bytes = n_bytes;
+        throw error(ASRKF_INTERNAL, format("scoring %u rows does not fit the room that was reserved on %s", shape.n_scored, ggml_backend_buft_name(p->buft)));
+    }
+}
+
+bool scoring_graphs::run(const scoring_shape & shape, const std::vector<int32_t> & scoring, const std::vector<float> & mask, float * out) {
+    if (fail_scoring_in > 0 && --fail_scoring_in == 0) {
+        return false;
+    }
+    for (auto & p : parts) {
+        const graph & g = p->graphs.front(); // prepared for this
+        ggml_backend_tensor_set_async(p->backend, g.scoring, scoring.data(), 0, ggml_nbytes(g.scoring));
+        if (g.mask) {
+            ggml_backend_tensor_set_async(p->backend, g.mask, mask.data(), 0, ggml_nbytes(g.mask));
+        }
+        if (ggml_backend_graph_compute_async(p->backend, g.nodes) != GGML_STATUS_SUCCESS) {
+            return false;
+        }
+        for (const ggml_tensor * scores : { g.mean, g.peak }) {
+            ggml_backend_tensor_get_async(p->backend, scores, out, 0, ggml_nbytes(scores));
+            out += shape.n_scored;
+        }
+    }
+    return true;
+}
+
+std::vector<ggml_cgraph *> scoring_graphs::graphs() const {
+    std::vector<ggml_cgraph *> newest;
+    for (const auto & p : parts) {
+        newest.push_back(p->graphs.front().nodes);
+    }
+    return newest;
+}
+
+} // namespace asrkf
