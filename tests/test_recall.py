@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kv import check_states, greedy, last_logits, tokens_of
 
-from asrkf_gguf import FreezeConfig, KVError, calibrate
+from asrkf_gguf import FreezeConfig, calibrate
 from asrkf_gguf.models import find_side_file, side_files
 
 
@@ -265,6 +265,8 @@ def test_presets_are_asrkf_with_a_pool(load, smollm2):
         assert (stats.policy, stats.pool_cells) == ("asrkf", cells)
 
 
-def test_score_layers_that_do_not_fit_the_graph_are_refused(load, smollm2):
-    with pytest.raises((ValueError, KVError), match="score_layers"):
-        load(smollm2, kv_policy="asrkf,score_layers=0-29", kv_pool=512)
+def test_every_layer_may_score(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf,score_layers=0-29,pool=512")
+    greedy(llm, tokens_of(llm, text, 700), 20)
+    assert llm.kv_stats().scoring_steps_total > 0
+    check_states(llm)

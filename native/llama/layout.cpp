@@ -14,8 +14,6 @@ namespace asrkf {
 
 namespace {
 
-constexpr size_t NODES_OF_A_SCORING_LAYER = 150; // in the graph, at most
-
 [[noreturn]] void invalid(const std::string & text) { throw error(ASRKF_INVALID_ARGUMENT, text); }
 
 uint32_t padded(uint64_t cells) { return uint32_t((cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS); }
@@ -64,8 +62,7 @@ std::vector<uint32_t> choose_scoring_layers(const settings & config, const std::
         }
     }
     const char * source = "calibration", * text = config.calibration;
-    const bool is_auto = std::strcmp(config.score_layers, "auto") == 0;
-    if (!is_auto) {
+    if (std::strcmp(config.score_layers, "auto") != 0) {
         source = "score_layers", text = config.score_layers;
         chosen.clear();
         for (const auto & [from, to] : parse_layers(source, text)) {
@@ -81,12 +78,6 @@ std::vector<uint32_t> choose_scoring_layers(const settings & config, const std::
     }
     std::sort(chosen.begin(), chosen.end());
     chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());
-    // llama_context sizes a graph by the model's tensors, with room to spare
-    const size_t most = std::max<size_t>(1024, 8*config.model.n_tensors())/2 / NODES_OF_A_SCORING_LAYER;
-    if (!is_auto && chosen.size() > most) {
-        invalid(format("score_layers=%s: %zu layers are too many for this model's graph, %zu is the most", config.score_layers, chosen.size(), most));
-    }
-    chosen.resize(std::min(chosen.size(), most));
     return chosen;
 }
 
@@ -130,7 +121,7 @@ uint32_t mean_pool(const settings & config, uint32_t first_layer, size_t n_scori
         const auto & hparams = config.model.hparams;
         const uint64_t layer_bytes = (config.n_index_rows() + 1)*ggml_row_size(config.index_type(), hparams.n_embd_k_gqa(first_layer)) // and the ring, and alignment
             + config.n_ring_rows()*hparams.n_embd_head_k(first_layer)*hparams.n_head(first_layer)*sizeof(float) + 1024;
-        const uint64_t index_bytes = n_scoring_layers*layer_bytes + 2*config.n_index_rows()*sizeof(float), least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
+        const uint64_t index_bytes = n_scoring_layers*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
         if (config.pool_bytes < least_bytes) {
             invalid(format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
                 (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));
