@@ -78,7 +78,7 @@ class KVStats:
     scoring_steps_total: int
     policy_seconds: float
     scoring_seconds: float
-    """Reading scores back and folding them in; the side branch itself is part of the graph's compute."""
+    """Waiting for scores and folding them in; computing them is part of the step."""
     moves_seconds: float
     groups: tuple[GroupStats, ...]
 

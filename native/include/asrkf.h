@@ -137,7 +137,7 @@ struct asrkf_stats {
     uint64_t decisions_total;
     uint64_t scoring_steps_total;      /* steps after which the index was scored */
     double   policy_seconds;
-    double   scoring_seconds;          /* queueing scoring graphs and folding scores in; where devices compute in turn with the host (CPU), computing them, too */
+    double   scoring_seconds;          /* waiting for scores and folding them in; computing them is part of the step */
     double   moves_seconds;
 };
 
@@ -164,7 +164,7 @@ struct asrkf_step {
     uint32_t frozen_cells;
     uint32_t freezes;
     uint32_t restores;
-    uint32_t scored;                   /* 1: the step's graph has the relevance branch */
+    uint32_t scored;                   /* 1: the index was scored after the step */
     uint32_t occasion;                 /* 0: the interval; 1: the end of a prompt, computed again; recovery: 2 soft, 3 window, 4 full */
     float    entropy;                  /* nats, of the output before this step; measured while a trace runs, or recovery is on */
     float    policy_seconds;

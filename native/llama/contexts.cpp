@@ -48,9 +48,9 @@ group_context::group_context(const memory_context & whole, group & g, std::vecto
     sinfos.resize(this->ubatches.size());
 }
 
-void group_context::set_slot(llama_kv_cache::slot_info slot) {
+void group_context::set_slot(llama_kv_cache::slot_info slot, bool overflows) {
     sinfos[i_cur] = std::move(slot);
-    n_kv          = kv->get_n_kv(sinfos[i_cur]);
+    n_kv          = overflows ? kv->get_size() : kv->get_n_kv(sinfos[i_cur]);
 }
 
 void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
@@ -86,7 +86,8 @@ bool memory_context::apply() {
         side = std::move(step.side);
         for (uint32_t ig = 0; ig < n_groups(); ++ig) {
             group_context & context = ig == 0 ? *this : *others[ig - 1];
-            context.set_slot(std::move(step.slots[ig]));
+            const bool overflows = placing.overflows(groups[ig], step.slots[ig]);
+            context.set_slot(std::move(step.slots[ig]), overflows);
         }
         return true;
     } catch (const std::exception & e) {

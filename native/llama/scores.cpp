@@ -146,7 +146,6 @@ void scores::run(side_step & step) {
     if (step.scored.empty()) {
         return;
     }
-    stopwatch watch(counted.scoring_seconds);
     run_scoring = std::move(step.scoring);
     run_mask    = std::move(step.mask);
     n_arrived   = step.scores.n_scored;

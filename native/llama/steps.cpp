@@ -268,6 +268,12 @@ std::vector<llama_kv_cache::slot_info> steps::find_slots(const llama_ubatch & ub
     return slots;
 }
 
+bool steps::overflows(const group & g, const llama_kv_cache::slot_info & slot) const {
+    return config.unified ? tokens.n_records() > g.pool_cells : std::any_of(tokens.sequences.begin(), tokens.sequences.end(), [&](const sequence & s) {
+        return s.n_tokens() > g.cache->get_size() && std::find(slot.strm.begin(), slot.strm.end(), llama_seq_id(g.cache->stream_of(s.id))) != slot.strm.end();
+    });
+}
+
 std::vector<uint32_t> steps::sequences_to_score(const std::vector<part> & parts, bool before_rewalk) const {
     std::vector<uint32_t> due;
     for (const part & p : parts) {

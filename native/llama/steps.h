@@ -32,6 +32,8 @@ public:
     placed place(const llama_ubatch & ubatch, bool is_first, bool before_rewalk);
     // The last tokens again, in the cells that they have: their rows are overwritten, no token is added.
     placed place_rewalk(const llama_ubatch & ubatch);
+    // There are more tokens than cells: from then on any cell may be taken, and attention goes over all, so that graphs stay.
+    bool   overflows(const group & g, const llama_kv_cache::slot_info & slot) const;
     // output: the call's last step is computed, and has one.
     void   computed(bool output);
 

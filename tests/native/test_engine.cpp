@@ -2,6 +2,7 @@
 // Seeds are printed; ASRKF_TEST_SEED runs one, ASRKF_TEST_OPERATIONS how many operations each machine makes.
 #include "tiny.h"
 
+#include "scoring/scoring_graph.h"
 #include "store/host_store.h"
 #include "store/row_mover.h"
 
@@ -15,6 +16,7 @@
 
 using asrkf::fail_arena_in;
 using asrkf::fail_move_in;
+using asrkf::fail_scoring_in;
 
 namespace {
 
@@ -909,6 +911,50 @@ TEST(fair_share, "four sequences longer than the pool together: none is starved,
         CHECK(n_in_state(states_of(ctx, 0), ASRKF_TOKEN_ACTIVE) > (unified ? 1000u : 240u)); // what they leave is its own again
         llama_free(ctx);
     }
+}
+
+TEST(graph_of_sequences, "steps of several sequences use their graph again, whichever of them score; drafts as well") {
+    for (const bool unified : { true, false }) {
+        for (const char * policy : { "asrkf,pool=1024", "asrkf,pool=1024,recall=mean_key" }) {
+            options o;
+            o.n_seq   = 3;
+            o.n_ctx   = 6144;
+            o.unified = unified;
+            llama_context * ctx = make_context(policy, o);
+            CHECK(ctx);
+            CHECK(extend(ctx, { 0 }, 500) == 0 && extend(ctx, { 1 }, 500) == 0 && extend(ctx, { 2 }, 500) == 0);
+            CHECK(extend(ctx, { 1 }, 3) == 0 && extend(ctx, { 2 }, 5) == 0); // so that they score in turn
+            for (const int n : { 1, 3 }) {
+                const uint64_t scored_before = stats_of(ctx).scoring_steps_total;
+                llama_perf_context_reset(ctx);
+                for (int i = 0; i < 30; ++i) {
+                    CHECK(extend(ctx, { 0, 1, 2 }, n) == 0);
+                }
+                CHECK(llama_perf_context(ctx).n_reused == 29);
+                CHECK(stats_of(ctx).scoring_steps_total - scored_before >= 3);
+            }
+            llama_free(ctx);
+        }
+    }
+}
+
+TEST(failing_scores, "where a device fails to score, the step has no scores and says so; the policy goes by those it has") {
+    llama_context * ctx = make_context("asrkf,pool=512,layers=shared,rewalk_tokens=0");
+    CHECK(ctx);
+    CHECK(extend(ctx, { 0 }, 400) == 0 && extend(ctx, { 0 }, 300) == 0);
+    const uint64_t scored = stats_of(ctx).scoring_steps_total;
+    for (int i = 0; i < 32; ++i) {
+        fail_scoring_in = 1;
+        CHECK(extend(ctx, { 0 }, 1) == 0);
+    }
+    fail_scoring_in = 0;
+    CHECK(stats_of(ctx).scoring_steps_total == scored);
+    CHECK(std::string(asrkf_last_error()).find("failed to compute a step's scores") != std::string::npos);
+    for (int i = 0; i < 32; ++i) {
+        CHECK(extend(ctx, { 0 }, 1) == 0);
+    }
+    CHECK(stats_of(ctx).scoring_steps_total >= scored + 3 && stats_of(ctx).tokens == 764);
+    llama_free(ctx);
 }
 
 TEST(shared_prefix, "a prefix that sequences share is one record, on the device or on the host; each decides for itself") {
