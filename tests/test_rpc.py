@@ -75,10 +75,18 @@ def test_direct_moves_are_refused_where_the_pool_is_not_host_memory(smollm2):
     assert result.returncode == 1 and "use moves=auto" in result.stderr
 
 
-def run_suite(endpoint: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-k", SUITE, "-p", "no:cacheprovider"]
+def test_the_graph_stays_whole_and_is_used_again_on_another_device():
+    with rpc_server() as (endpoint, process):
+        result = run_suite(endpoint, "test_graph.py", "pieces or (all_decode_steps and asrkf-1)")
+        assert process.poll() is None
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def run_suite(endpoint: str, file: str = "test_llama.py", suite: str = SUITE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))", "-q", "-k", suite, "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, str(Path(__file__).parent / "test_llama.py")],
+        [*command, str(Path(__file__).parent / file)],
         env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent, capture_output=True, text=True, check=False,
     )
 

@@ -1,0 +1,79 @@
+"""The model's graph keeps its shape: it is used again from step to step, and runs in as many pieces as upstream's."""
+
+from __future__ import annotations
+
+import re
+
+import llama_cpp
+import pytest
+from kv import tokens_of
+
+N_STEPS = 300
+
+
+def reused_graphs(llm) -> int:
+    return llama_cpp.llama_perf_context(llm.ctx).n_reused
+
+
+@pytest.mark.parametrize(
+    ("policy", "type_kv"),
+    [("asrkf", 1), ("asrkf", 8), ("asrkf,layers=shared", 1), ("asrkf,recall=mean_key", 1), ("asrkf,layers=each", 1), ("paper", 1)],
+)
+def test_all_decode_steps_but_the_first_use_the_graph_again(load, smollm2, text, policy, type_kv):
+    """Also those that score, decide and move: with tokens frozen nothing about the graph changes any more."""
+    llm = load(smollm2, kv_policy=policy, kv_pool=512, type_k=type_kv, type_v=type_kv)
+    tokens = tokens_of(llm, text, 1100 + N_STEPS)
+    llm.eval(tokens[:1100])
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    before = llm.kv_stats()
+    for token in tokens[1100:]:
+        llm.eval([token])
+    after = llm.kv_stats()
+    assert reused_graphs(llm) == N_STEPS - 1
+    assert after.scoring_steps_total - before.scoring_steps_total >= N_STEPS // 8 - 1
+    assert after.freezes_total > before.freezes_total
+
+
+def test_a_pool_that_fills_rebuilds_the_graph_as_upstream_does(load, smollm2, text):
+    """Attention over a pool that has room must not cost more than it did: the graph grows in steps of 256 cells."""
+    llm = load(smollm2, kv_policy="asrkf,layers=shared", kv_pool=768)
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    tokens = tokens_of(llm, text, 900)
+    for token in tokens:
+        llm.eval([token])
+    assert llm.kv_stats().frozen_cells == 900 - 768
+    assert reused_graphs(llm) == 900 - 3
+
+
+@pytest.mark.parametrize("n", range(2, 9))
+def test_drafts_use_the_graph_of_their_length_again(load, smollm2, text, n):
+    llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
+    tokens = tokens_of(llm, text, 700 + 20 * n)
+    llm.eval(tokens[:700])
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    for begin in range(700, 700 + 20 * n, n):
+        llm.eval(tokens[begin : begin + n])
+    assert reused_graphs(llm) == 19
+
+
+def splits_of(load, model: str, policy: str, **options) -> list[int]:
+    """Pieces of the graphs that are reserved: of a long step, and of one token, if they differ."""
+    log: list[str] = []
+    callback = llama_cpp.llama_log_callback(lambda level, line, _: log.append(line.decode()))
+    llama_cpp.llama_log_set(callback, None)
+    try:
+        load(model, kv_policy=policy, **options)
+    finally:
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+    found = re.findall(r"splits = (\d+)(?: / (\d+))?", "".join(log))
+    assert found, "llama.cpp does not log the pieces of its graphs"
+    return [int(part) for part in found[-1] if part]
+
+
+@pytest.mark.parametrize("type_kv", [1, 8])
+@pytest.mark.parametrize("policy", ["asrkf", "asrkf,layers=shared", "asrkf,layers=each,recall=mean_key", "asrkf,score_layers=0-29"])
+def test_the_graph_runs_in_as_many_pieces_as_upstreams(load, smollm2, policy, type_kv):
+    """Each further piece is a point where a device waits for another. "full" is upstream's graph."""
+    options = {"n_ctx": 1024, "type_k": type_kv, "type_v": type_kv}
+    expected = splits_of(load, smollm2, "full", **options)
+    assert splits_of(load, smollm2, f"{policy},pool=512", **options) == expected
