@@ -8,10 +8,11 @@ from test_architectures import compare_with_mask, logits_after, tokens
 import asrkf_gguf
 
 
-def check_that_it_freezes_as_on_the_cpu(path: str, is_staged: bool, **options: object) -> None:
+def check_that_it_freezes_as_on_the_cpu(path: str, is_staged: bool, least_agreement: float = 0.97, **options: object) -> None:
     """What is frozen is out of attention, the same tokens are frozen as on the CPU, and rows keep their bytes through every move.
 
-    path: of a tiny model. options: of `Llama`, n_gpu_layers among them. is_staged: whether rows must cross to another memory.
+    path: of a tiny model of four layers. is_staged: whether rows must cross to another memory. least_agreement: of what is frozen on
+    either side, the part that is on both; chance would give 0.4. options: of `Llama`, n_gpu_layers among them.
     The index is F16: a 4-bit one makes more of the last bits in which two devices differ.
     """
 
@@ -19,16 +20,16 @@ def check_that_it_freezes_as_on_the_cpu(path: str, is_staged: bool, **options: o
         return asrkf_gguf.Llama(path, **{"n_threads": 1, "n_threads_batch": 1, "verbose": False, "seed": 1, **options, **more})
 
     compare_with_mask(load, path)
-    for layers in ("each", "shared"):
+    for pools in ("layers=0-1@512/2-3@768", "layers=shared,pool=512"):
         found = []
         for more in ({}, {"n_gpu_layers": 0}):
-            llm = load(path, kv_policy=f"asrkf,layers={layers},window=64,index=f16", kv_pool=512, n_ctx=2048, **more)
+            llm = load(path, kv_policy=f"asrkf,{pools},window=64,index=f16", n_ctx=2048, **more)
             device_bytes = llm.kv_stats().device_kv_bytes
             llm.eval(tokens(1200, 1))
             logits_after(llm, 60)
             stats = llm.kv_stats()
             check_states(llm)
-            assert stats.restores_total["recall"] > 0 and stats.frozen_cells >= 1260 - 512
+            assert stats.restores_total["recall"] > 0 and stats.frozen_cells >= 1260 - 640
             assert stats.device_kv_bytes == device_bytes == sum(group.pool_cells * group.token_bytes for group in stats.groups)
             frozen = [{p for p, state in llm.kv_tokens(i) if state == "frozen"} for i in range(len(stats.groups))]
             before = rows(llm)
@@ -39,11 +40,11 @@ def check_that_it_freezes_as_on_the_cpu(path: str, is_staged: bool, **options: o
             llm.close()
         (here, stats), (there, _) = found
         agree = min(len(a & b) / len(a | b) for a, b in zip(here, there, strict=True))
-        print(f"layers={layers}: of what is frozen here or on the CPU, {agree:.3f} is in both; {stats.device_staging_bytes} bytes of staging")
-        assert agree > 0.97
+        print(f"{pools}: of what is frozen here or on the CPU, {agree:.3f} is in both; {stats.device_staging_bytes} bytes of staging")
+        assert agree > least_agreement
         assert (stats.device_staging_bytes > 0) == is_staged
 
 
-def rows(llm: asrkf_gguf.Llama) -> list[bytes]:
-    """The bytes of the first 1,200 tokens, group by group."""
-    return [llm.kv_rows(position, group) for group in range(len(llm.kv_stats().groups)) for position in range(1200)]
+def rows(llm: asrkf_gguf.Llama, n_tokens: int = 1200) -> list[bytes]:
+    """The bytes of every seventh of the first tokens, group by group."""
+    return [llm.kv_rows(position, group) for group in range(len(llm.kv_stats().groups)) for position in range(0, n_tokens, 7)]

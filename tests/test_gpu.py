@@ -11,10 +11,9 @@ from pathlib import Path
 import llama_cpp
 import numpy as np
 import pytest
-from devices import check_that_it_freezes_as_on_the_cpu
+from devices import check_that_it_freezes_as_on_the_cpu, rows
 from make_models import write_tiny
 from test_architectures import logits_after, tokens
-
 
 DEVICE = os.environ.get("ASRKF_TEST_GPU")  # the backend's name, such as vulkan
 pytestmark = pytest.mark.skipif(not DEVICE, reason="no GPU backend is tested here: run scripts/test_gpu")
@@ -36,7 +35,8 @@ def test_the_build_sees_the_device(load, model, capfd):
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 3])
 def test_it_freezes_as_the_cpu_does(model, n_gpu_layers: int):
-    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, n_gpu_layers=n_gpu_layers)
+    # shaders multiply in F16, and the attention of random weights is almost the same everywhere
+    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, least_agreement=0.8, n_gpu_layers=n_gpu_layers)
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
@@ -53,15 +53,15 @@ def test_logits_with_a_pool_that_holds_everything_are_those_without_a_policy(loa
 
 
 def test_a_state_goes_from_the_device_to_the_cpu_and_back(load, model):
-    options = {"kv_policy": "asrkf,layers=each,window=64,index=f16", "kv_pool": 512, "n_ctx": 2048}
+    options = {"kv_policy": "asrkf,layers=0-1@512/2-3@768,window=64", "n_ctx": 2048}
     device, cpu = load(model, n_gpu_layers=-1, **options), load(model, n_gpu_layers=0, **options)
     device.eval(tokens(900, 1))
-    rows = [device.kv_rows(position, group) for group in range(4) for position in range(900)]
+    before = rows(device, 900)
     cpu.load_state(device.save_state())
-    assert [cpu.kv_rows(position, group) for group in range(4) for position in range(900)] == rows
-    expected = logits_after(cpu)
+    assert rows(cpu, 900) == before
     device.reset()
-    cpu.reset()
-    cpu.eval(tokens(900, 1))
     device.load_state(cpu.save_state())
-    assert np.abs(logits_after(device) - expected).max() < 0.05 * np.abs(expected).max()
+    assert rows(device, 900) == before
+    expected = logits_after(cpu)
+    assert np.abs(logits_after(device) - expected).max() < 0.02 * np.abs(expected).max()
+
