@@ -29,12 +29,12 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.host_kv_peak_bytes = budget.peak_bytes;
     for (const group & g : groups) {
         s.device_kv_bytes      += g.cache->device_bytes();
-        s.device_staging_bytes += g.mover ? g.mover->staging_bytes() : 0;
         for (const policy & rule : g.rules) {
             s.restores_redundant_total += rule.n_redundant();
         }
     }
     s.device_compute_bytes = scored.compute_bytes();
+    s.device_staging_bytes = groups.mover ? groups.mover->staging_bytes() : 0;
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         s.device_compute_bytes += data.context > 0 ? data.compute : 0;
     }
@@ -56,7 +56,7 @@ asrkf_group_stats figures::group_stats(uint32_t index) const {
         s.frozen_cells        += p.cell < 0 && p.slot >= 0;
     }
     s.sliding_window      = g.keeps_window ? config.model.hparams.n_swa : 0;
-    s.token_bytes         = g.mover ? g.mover->token_bytes() : 0;
+    s.token_bytes         = g.token_bytes;
     s.device_kv_bytes     = g.cache->device_bytes();
     return s;
 }
@@ -84,8 +84,8 @@ uint32_t figures::record_at(int32_t seq_id, uint32_t index, int32_t pos, size_t 
     if (i == s.n_tokens() || tokens.records[s.records[i]].pos != pos) {
         throw error(ASRKF_INVALID_ARGUMENT, format("sequence %d has no position %d", seq_id, pos));
     }
-    if (size != g.mover->token_bytes()) {
-        throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.mover->token_bytes(), index));
+    if (size != g.token_bytes) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("size is %zu, a token has %zu bytes in group %u", size, g.token_bytes, index));
     }
     return s.records[i];
 }
@@ -94,11 +94,11 @@ void figures::rows(uint32_t id, uint32_t index, uint8_t * out) const {
     const group & g = groups[index];
     const place & p = g.places[id];
     if (p.cell < 0) {
-        std::memcpy(out, g.store->data(uint32_t(p.slot)), g.mover->token_bytes());
+        std::memcpy(out, g.store->data(uint32_t(p.slot)), g.token_bytes);
         return;
     }
-    const uint32_t cell = uint32_t(p.cell);
-    g.mover->get(&cell, &out, 1);
+    groups.mover->get({ { index, uint32_t(p.cell), out } });
+    groups.mover->settle();
 }
 
 std::map<ggml_backend_buffer_type_t, size_t> figures::memory_breakdown() const {

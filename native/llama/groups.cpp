@@ -13,7 +13,7 @@ void group::release_copy(uint32_t id) {
 }
 
 void group::drop_needless_copy(uint32_t id, size_t n_users) {
-    if (!mover->is_staged() && places[id].slot >= 0 && is_active_for_all(id, n_users)) {
+    if (!is_staged && places[id].slot >= 0 && is_active_for_all(id, n_users)) {
         release_copy(id);
     }
 }

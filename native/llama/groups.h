@@ -26,8 +26,9 @@ struct group {
     bool                         keeps_window = false; // its layers have a sliding window, which it keeps whatever the policy
     std::unique_ptr<group_cache> cache;
     std::vector<policy>          rules;                // by sequence
-    std::unique_ptr<row_mover>   mover;                // null in a context without memory (no_alloc)
-    std::unique_ptr<host_store>  store;
+    std::unique_ptr<host_store>  store;                // null in a context without memory (no_alloc)
+    size_t                       token_bytes  = 0;     // 0 there
+    bool                         is_staged    = false; // its rows cross to another memory
     std::vector<place>           places;               // by record
     std::vector<uint32_t>        n_sealed;             // by sequence: tokens in sealed blocks (staged moves only)
 
@@ -95,6 +96,9 @@ private:
     const settings &      config;
     std::vector<group>    all;
     std::vector<uint32_t> by_layer;
+
+public:
+    std::unique_ptr<row_mover> mover; // of all groups, whose stores it fills: the last member; null in a context without memory (no_alloc)
 };
 
 } // namespace asrkf

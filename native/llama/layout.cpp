@@ -227,7 +227,7 @@ layout make_layout(const settings & config, const llama_memory_params & params) 
 
 ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & config, const llama_memory_params & params, host_budget & budget) {
     const auto & hparams = config.model.hparams;
-    ggml_backend_buffer_type_t scores_buft = ggml_backend_cpu_buffer_type();
+    std::vector<std::vector<ggml_tensor *>> tensors;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
         const auto filter = [&](int32_t il) { return groups.of_layer(uint32_t(il)) == ig; };
@@ -235,18 +235,26 @@ ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & conf
         g.cache = std::make_unique<group_cache>(config.model, hparams, params.type_k, params.type_v, /*v_trans*/ false, config.cparams.offload_kqv,
                 config.unified, config.unified ? g.pool_cells : groups.floor_cells(g), config.n_seq_max, /*n_pad*/ 1, g.keeps_window ? hparams.n_swa : 0,
                 g.keeps_window ? hparams.swa_type : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
-        if (!config.no_alloc) {
-            g.mover = std::make_unique<row_mover>(g.cache->row_tensors(), moves_kind(config.moves));
-            ggml_backend_dev_t dev = g.mover->is_staged() ? config.model.dev_layer(int(g.layers[0])) : nullptr;
-            ggml_backend_buffer_type_t buft = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
-            scores_buft = buft = buft ? buft : ggml_backend_cpu_buffer_type();
-            g.store = std::make_unique<host_store>(g.mover->token_bytes(), buft, budget);
-        }
+        tensors.push_back(g.cache->row_tensors());
         LLAMA_LOG_INFO("asrkf: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n",
                 g.keeps_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, config.n_ctx, config.n_seq_max, g.rules[0].params.window,
                 g.rules[0].max_ubatch());
     }
-    return scores_buft;
+    ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
+    if (config.no_alloc) {
+        return buft;
+    }
+    groups.mover = std::make_unique<row_mover>(tensors, moves_kind(config.moves), budget);
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        group & g = groups[ig];
+        g.token_bytes = groups.mover->token_bytes(ig);
+        g.is_staged   = groups.mover->is_staged(ig);
+        ggml_backend_dev_t dev = g.is_staged ? config.model.dev_layer(int(g.layers[0])) : nullptr;
+        ggml_backend_buffer_type_t pinned = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
+        buft = pinned ? pinned : ggml_backend_cpu_buffer_type();
+        g.store = std::make_unique<host_store>(g.token_bytes, buft, budget, groups.mover.get());
+    }
+    return buft;
 }
 
 } // namespace asrkf

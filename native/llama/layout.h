@@ -16,7 +16,7 @@ struct layout {
 // Allocates nothing. Throws error if the configuration does not fit the model or the context.
 layout make_layout(const settings & config, const llama_memory_params & params);
 
-// The groups' caches, movers and host stores. Returns where scores are read back to: memory of the host, pinned where the
+// The groups' caches, their mover and host stores. Returns where scores are read back to: memory of the host, pinned where the
 // device offers it.
 ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & config, const llama_memory_params & params, host_budget & budget);
 

@@ -58,7 +58,7 @@ const bool registered = [] { llama_memory_factory_ext = create; return true; }()
 
 memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
     : config(model, cparams, config), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
-      tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted),
+      tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted, budget),
       scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
       sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
       states(this->config, groups, tokens, scored, sequences), asked(groups, tokens, moves, scored, counted),

@@ -1,7 +1,6 @@
 #include "llama/requests.h"
 
 #include <algorithm>
-#include <iterator>
 #include <limits>
 
 namespace asrkf {
@@ -31,29 +30,6 @@ void requests::check_unprotected(const sequence & s, uint32_t begin, uint32_t en
     }
 }
 
-// Copies in every group, or in none more than before.
-void requests::copy_all_to_host(const std::vector<std::vector<uint32_t>> & ids) {
-    std::vector<std::vector<uint32_t>> copied(groups.size());
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        std::copy_if(ids[ig].begin(), ids[ig].end(), std::back_inserter(copied[ig]), [&](uint32_t id) { return groups[ig].places[id].slot < 0; });
-    }
-    try {
-        for (size_t ig = 0; ig < groups.size(); ++ig) {
-            moves.reserve_host_room(groups[ig], ids[ig]);
-        }
-        for (size_t ig = 0; ig < groups.size(); ++ig) {
-            moves.copy_to_host(groups[ig], ids[ig]);
-        }
-    } catch (...) {
-        for (size_t ig = 0; ig < groups.size(); ++ig) {
-            for (const uint32_t id : copied[ig]) {
-                groups[ig].release_copy(id);
-            }
-        }
-        throw;
-    }
-}
-
 uint64_t requests::freeze(int32_t seq_id, int32_t p0, int32_t p1) {
     const auto [begin, end] = tokens.range(seq_id, p0, p1);
     const sequence & s = tokens.named(seq_id);
@@ -62,7 +38,7 @@ uint64_t requests::freeze(int32_t seq_id, int32_t p0, int32_t p1) {
     moves.prepare();
     stopwatch watch(counted.moves_seconds);
     const std::vector<std::vector<uint32_t>> leaving = chosen(s.id, begin, end, false);
-    std::vector<std::vector<uint32_t>> ids(groups.size());
+    records_by_group ids(groups.size());
     uint64_t n = 0;
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         for (const uint32_t i : leaving[ig]) {
@@ -70,7 +46,8 @@ uint64_t requests::freeze(int32_t seq_id, int32_t p0, int32_t p1) {
         }
         n += leaving[ig].size();
     }
-    copy_all_to_host(ids);
+    moves.reserve_host_room(ids);
+    moves.copy_to_host(ids);
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         moves.freeze(groups[ig], s.id, leaving[ig]);
         for (uint32_t i = begin; i < end && !groups[ig].keeps_window; ++i) {
@@ -87,14 +64,14 @@ uint64_t requests::restore(int32_t seq_id, int32_t p0, int32_t p1) {
     moves.prepare();
     stopwatch watch(counted.moves_seconds);
     const std::vector<std::vector<uint32_t>> back = chosen(seq, begin, end, true);
-    std::vector<transfers::fetched> got;
+    std::vector<wanted_tokens> wanted;
     uint64_t n = 0;
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        got.push_back(moves.fetch(groups[ig], { { seq, back[ig] } }));
-        n += back[ig].size();
+    for (const std::vector<uint32_t> & chosen : back) {
+        wanted.push_back({ { seq, chosen } });
+        n += chosen.size();
     }
+    moves.make_active(wanted, moves.fetch(wanted));
     for (size_t ig = 0; ig < groups.size(); ++ig) {
-        moves.make_active(groups[ig], { { seq, back[ig] } }, got[ig]);
         for (const uint32_t i : back[ig]) {
             groups[ig].rules[seq].set_frozen(i, false, false);
         }

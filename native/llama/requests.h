@@ -20,7 +20,6 @@ private:
     // Of each group: tokens [begin, end) that are frozen, or are not. None where a sliding window is kept.
     std::vector<std::vector<uint32_t>> chosen(uint32_t seq, uint32_t begin, uint32_t end, bool frozen) const;
     void check_unprotected(const sequence & s, uint32_t begin, uint32_t end) const;
-    void copy_all_to_host(const std::vector<std::vector<uint32_t>> & ids);
 
     layer_groups & groups;
     token_table &  tokens;

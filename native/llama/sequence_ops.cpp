@@ -147,15 +147,13 @@ std::vector<uint32_t> sequence_ops::clone(const std::vector<uint32_t> & ids) {
         }
         g.store->reserve(n);
     }
-    for (group & g : groups) {
-        moves.copy_to_host(g, ids);
-    }
+    moves.copy_to_host(records_by_group(groups.size(), ids));
     std::vector<uint32_t> copies;
     for (const uint32_t id : ids) {
         copies.push_back(tokens.new_copy(id, copies.empty() ? -1 : int64_t(copies.back())));
         for (group & g : groups) {
             const uint32_t slot = g.store->acquire();
-            std::memcpy(g.store->data(slot), g.store->data(uint32_t(g.places[id].slot)), g.mover->token_bytes());
+            std::memcpy(g.store->data(slot), g.store->data(uint32_t(g.places[id].slot)), g.token_bytes);
             g.places[copies.back()].slot = int32_t(slot);
         }
     }

@@ -33,8 +33,8 @@ void shifts::move(sequence & s, llama_pos p0, llama_pos p1, const std::function<
     for (const uint32_t id : ids) {
         by.push_back(moved(tokens.records[id].pos) - tokens.records[id].pos);
     }
-    for (group & g : groups) {
-        rotate(g, ids, by);
+    for (size_t ig = 0; ig < groups.size(); ++ig) {
+        rotate(ig, ids, by);
     }
     book(s, begin, ids, by);
     s.rings.forget_from(0);
@@ -103,7 +103,7 @@ void shifts::reorder(sequence & s) {
 }
 
 // K of these records by so many positions, in batches through host memory.
-void shifts::rotate(group & g, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by) {
+void shifts::rotate(size_t ig, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by) {
     constexpr size_t BATCH = 256;
     ggml_backend_ptr cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     auto * reg = ggml_backend_dev_backend_reg(ggml_backend_get_device(cpu.get()));
@@ -112,32 +112,32 @@ void shifts::rotate(group & g, const std::vector<uint32_t> & ids, const std::vec
     }
     for (size_t from = 0; from < ids.size(); from += BATCH) {
         const auto begin = std::ptrdiff_t(from), end = std::ptrdiff_t(std::min(ids.size(), from + BATCH));
-        rotate_batch(g, cpu.get(), { ids.begin() + begin, ids.begin() + end }, { by.begin() + begin, by.begin() + end });
+        rotate_batch(ig, cpu.get(), { ids.begin() + begin, ids.begin() + end }, { by.begin() + begin, by.begin() + end });
     }
 }
 
-void shifts::rotate_batch(group & g, ggml_backend_t cpu, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by) {
-    std::vector<uint8_t>   bytes(ids.size()*g.mover->token_bytes());
-    std::vector<uint8_t *> hosts(ids.size()), read_hosts, write_hosts;
-    std::vector<uint32_t>  read_cells, write_cells;
+void shifts::rotate_batch(size_t ig, ggml_backend_t cpu, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by) {
+    group & g = groups[ig];
+    std::vector<uint8_t>        bytes(ids.size()*g.token_bytes);
+    std::vector<uint8_t *>      hosts(ids.size());
+    std::vector<row_mover::row> to_read, to_write;
     for (size_t i = 0; i < ids.size(); ++i) {
         const place & p = g.places[ids[i]];
-        hosts[i] = p.slot >= 0 ? g.store->data(uint32_t(p.slot)) : bytes.data() + i*g.mover->token_bytes();
+        hosts[i] = p.slot >= 0 ? g.store->data(uint32_t(p.slot)) : bytes.data() + i*g.token_bytes;
         if (p.slot < 0) {
-            read_cells.push_back(uint32_t(p.cell));
-            read_hosts.push_back(hosts[i]);
+            to_read.push_back({ ig, uint32_t(p.cell), hosts[i] });
         }
         if (p.cell >= 0) {
-            write_cells.push_back(uint32_t(p.cell));
-            write_hosts.push_back(hosts[i]);
+            to_write.push_back({ ig, uint32_t(p.cell), hosts[i] });
         }
     }
-    if (!read_cells.empty()) {
-        g.mover->get(read_cells.data(), read_hosts.data(), read_cells.size());
+    if (!to_read.empty()) {
+        groups.mover->get(to_read);
+        groups.mover->settle();
     }
     rotate_keys(g, cpu, hosts, by);
-    if (!write_cells.empty()) {
-        g.mover->set(write_cells.data(), write_hosts.data(), write_cells.size());
+    if (!to_write.empty()) {
+        groups.mover->set(to_write);
     }
 }
 

@@ -21,8 +21,8 @@ private:
     void own_shared(sequence & s, uint32_t begin, uint32_t end);
     void book(sequence & s, uint32_t begin, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by);
     void reorder(sequence & s);
-    void rotate(group & g, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by);
-    void rotate_batch(group & g, ggml_backend_t cpu, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by);
+    void rotate(size_t ig, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by);
+    void rotate_batch(size_t ig, ggml_backend_t cpu, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by);
     void rotate_keys(group & g, ggml_backend_t cpu, const std::vector<uint8_t *> & hosts, const std::vector<int32_t> & by);
 
     const settings & config;

@@ -85,7 +85,7 @@ void steps::check_host_limit(uint32_t n_new) const {
     uint64_t needed_bytes = 0;
     for (const group & g : groups) {
         const uint64_t total = uint64_t(tokens.n_records()) + n_new;
-        needed_bytes += (total > g.pool_cells ? total - g.pool_cells : 0)*g.mover->token_bytes();
+        needed_bytes += (total > g.pool_cells ? total - g.pool_cells : 0)*g.token_bytes;
     }
     if (needed_bytes > budget.limit_bytes) {
         throw error(ASRKF_HOST_LIMIT, format("host_limit of %llu bytes cannot hold what must be frozen for %u more tokens (at least %llu bytes): "
@@ -158,18 +158,12 @@ void steps::decide_and_move(const std::vector<demand> & wanted) {
     scored.fold_in();
     const std::vector<demand> demands = with_shrunk_shares(wanted);
     plans_by_group plans;
+    records_by_group leaving;
     for (const bool frugal : { false, true }) {
-        plans = decide(demands, frugal);
+        plans   = decide(demands, frugal);
+        leaving = moves.leaving(demands, plans);
         try {
-            for (size_t ig = 0; ig < groups.size(); ++ig) { // all host room first: only then does anything change
-                std::vector<uint32_t> ids;
-                for (size_t i = 0; i < demands.size(); ++i) {
-                    for (const uint32_t t : plans[ig][i].freeze) {
-                        ids.push_back(tokens.sequences[demands[i].seq].records[t]);
-                    }
-                }
-                moves.reserve_host_room(groups[ig], ids);
-            }
+            moves.reserve_host_room(leaving); // first: only then does anything change
             break;
         } catch (const error & e) { // an exchange needs more room than it leaves taken: near the limit, only what must be
             if (e.status != ASRKF_HOST_LIMIT || frugal) {
@@ -178,12 +172,7 @@ void steps::decide_and_move(const std::vector<demand> & wanted) {
         }
     }
     stopwatch watch(counted.moves_seconds);
-    for (size_t ig = 0; ig < groups.size(); ++ig) {
-        moves.carry_out(groups[ig], demands, plans[ig]);
-        for (const demand & d : demands) {
-            moves.seal(groups[ig], d.seq, d.pos_end);
-        }
-    }
+    moves.carry_out(demands, plans, std::move(leaving));
 }
 
 std::vector<demand> steps::with_shrunk_shares(const std::vector<demand> & wanted) const {
@@ -198,7 +187,7 @@ std::vector<demand> steps::with_shrunk_shares(const std::vector<demand> & wanted
     return demands;
 }
 
-steps::plans_by_group steps::decide(const std::vector<demand> & demands, bool frugal) {
+plans_by_group steps::decide(const std::vector<demand> & demands, bool frugal) {
     stopwatch watch(counted.policy_seconds);
     plans_by_group plans(groups.size());
     for (size_t ig = 0; ig < groups.size(); ++ig) {

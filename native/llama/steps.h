@@ -55,7 +55,6 @@ private:
     std::vector<demand> demands_of(const std::vector<part> & parts) const;
     void decide_and_move(const std::vector<demand> & wanted);
     std::vector<demand> with_shrunk_shares(const std::vector<demand> & wanted) const;
-    using plans_by_group = std::vector<std::vector<plan>>;
     plans_by_group decide(const std::vector<demand> & demands, bool frugal);
     std::vector<llama_kv_cache::slot_info> find_slots(const llama_ubatch & ubatch) const;
     std::vector<uint32_t> sequences_to_score(const std::vector<part> & parts, bool before_rewalk) const;

@@ -15,53 +15,64 @@ struct demand {
     occasion  why;
 };
 
-using wanted_tokens = std::vector<std::pair<uint32_t, std::vector<uint32_t>>>; // tokens of each sequence
+using wanted_tokens    = std::vector<std::pair<uint32_t, std::vector<uint32_t>>>; // tokens of each sequence
+using records_by_group = std::vector<std::vector<uint32_t>>;
+using plans_by_group   = std::vector<std::vector<plan>>; // in the order of the demands
 
 class transfers {
 public:
-    transfers(const settings & config, layer_groups & groups, token_table & tokens, counters & counted)
-        : config(config), groups(groups), tokens(tokens), counted(counted) {}
+    transfers(const settings & config, layer_groups & groups, token_table & tokens, counters & counted, const host_budget & budget)
+        : config(config), groups(groups), tokens(tokens), counted(counted), budget(budget) {}
 
     // The context whose graphs compute on the rows; nothing has been computed before it is known.
     void            set_context(llama_context * ctx) { lctx = ctx; }
     llama_context * context() const { return lctx; }
     // Until the graphs have finished. Not llama_synchronize(): that one counts tokens. CUDA's set and get use another stream.
     void synchronize();
-    // Before any move: synchronise, and find the backends. Moves run on those that compute the graphs, but not through
-    // their scheduler.
+    // Before any move: synchronise, settle the last one, and find the backends. Moves run on those that compute the graphs, but
+    // not through their scheduler.
     void prepare();
 
+    // All of these work on all groups at once, given by group: one transfer.
+    //
     // Room for the host copies that these records do not have yet. Copies of records that no sequence has frozen only save
     // time: near the limit they make way. Throws with no state changed but those.
-    void reserve_host_room(group & g, const std::vector<uint32_t> & ids);
+    void reserve_host_room(const records_by_group & ids);
     // Give every one of these records a host copy; throws with nothing changed.
-    void copy_to_host(group & g, const std::vector<uint32_t> & ids);
+    void copy_to_host(const records_by_group & ids);
     // Out of one sequence's attention; the records have host copies.
     void freeze(group & g, uint32_t seq, const std::vector<uint32_t> & chosen);
     // Bytes of frozen tokens into free cells, where no other sequence has their records active; make_active() completes it.
     // Throws with nothing changed but free cells' bytes.
     struct fetched { std::vector<uint32_t> ids, cells; };
-    fetched fetch(group & g, const wanted_tokens & wanted);
-    void make_active(group & g, const wanted_tokens & wanted, const fetched & got);
+    std::vector<fetched> fetch(const std::vector<wanted_tokens> & wanted);
+    void make_active(const std::vector<wanted_tokens> & wanted, const std::vector<fetched> & got);
 
-    // A decision of each demand's sequence, in one group. Throws where rows cannot be moved: tokens that were frozen by then are
-    // booked so, all others are as before, and the next step decides again.
-    void carry_out(group & g, const std::vector<demand> & demands, const std::vector<plan> & plans);
-    // Where rows have to cross to another memory, a block is copied once, when it leaves the window and its bytes cannot
-    // change any more; freezing its tokens later moves nothing. Without room for copies ahead of time it does nothing.
-    void seal(group & g, uint32_t seq, llama_pos pos_end);
+    // The records that these plans freeze, each once; for reserve_host_room(), and then carry_out().
+    records_by_group leaving(const std::vector<demand> & demands, const plans_by_group & plans) const;
+    // A decision of each demand's sequence. Throws where rows cannot be moved: tokens that were frozen by then are booked so, all
+    // others are as before, and the next step decides again. Where rows have to cross to another memory, a block is sealed: it
+    // is copied once, when it leaves the window and its bytes cannot change any more; freezing its tokens later moves nothing.
+    void carry_out(const std::vector<demand> & demands, const plans_by_group & plans, records_by_group leaving);
 
     // The bytes of one record's part, wherever they are.
     void read(const row_part & part, uint32_t id, uint8_t * out) const;
 
 private:
+    struct seal { size_t group; uint32_t seq, end; };
+    std::vector<seal> add_sealed(const std::vector<demand> & demands, records_by_group & copied);
+    std::vector<uint32_t> unsealed(const group & g, uint32_t seq, llama_pos pos_end, uint32_t & end) const;
+    fetched find_cells(const group & g, const wanted_tokens & wanted) const;
+    void bring_back(const std::vector<demand> & demands, const plans_by_group & plans);
     void count(const plan & done);
 
-    const settings & config;
-    layer_groups &   groups;
-    token_table &    tokens;
-    counters &       counted;
-    llama_context *  lctx = nullptr;
+    const settings &    config;
+    layer_groups &      groups;
+    token_table &       tokens;
+    counters &          counted;
+    const host_budget & budget;
+    llama_context *     lctx         = nullptr;
+    bool                has_said_pageable = false;
 };
 
 } // namespace asrkf

@@ -1,5 +1,7 @@
 #include "store/host_store.h"
 
+#include "store/row_mover.h"
+
 #include <algorithm>
 
 namespace asrkf {
@@ -9,10 +11,17 @@ constexpr size_t ARENA_BYTES = 4u << 20;
 
 thread_local uint32_t fail_arena_in = 0;
 
-host_store::host_store(size_t slot_bytes, ggml_backend_buffer_type_t buft, host_budget & budget)
-    : slot_bytes(slot_bytes), buft(buft), budget(budget) {}
+ggml_backend_buffer_t allocate_host(ggml_backend_buffer_type_t buft, size_t n_bytes, host_budget & budget) {
+    buft = buft ? buft : ggml_backend_cpu_buffer_type();
+    ggml_backend_buffer_t buffer = ggml_backend_buft_alloc_buffer(buft, n_bytes);
+    budget.is_pageable = budget.is_pageable || (buffer && ggml_backend_buffer_get_type(buffer) != buft);
+    return buffer;
+}
 
-host_store::~host_store() { clear(); }
+host_store::host_store(size_t slot_bytes, ggml_backend_buffer_type_t buft, host_budget & budget, row_mover * mover)
+    : slot_bytes(slot_bytes), buft(buft), budget(budget), mover(mover) {}
+
+host_store::~host_store() { free_arenas(); }
 
 bool host_store::grow(size_t wanted) {
     size_t n = std::max<size_t>(1, ARENA_BYTES / slot_bytes);
@@ -26,7 +35,7 @@ bool host_store::grow(size_t wanted) {
         }
     }
     const bool fails = fail_arena_in > 0 && --fail_arena_in == 0;
-    ggml_backend_buffer_t arena = fails ? nullptr : ggml_backend_buft_alloc_buffer(buft, n*slot_bytes);
+    ggml_backend_buffer_t arena = fails ? nullptr : allocate_host(buft, n*slot_bytes, budget);
     if (!arena) {
         throw error(ASRKF_INTERNAL, format("the host store could not allocate %zu bytes (%s): free host memory or set host_limit",
                 n*slot_bytes, ggml_backend_buft_name(buft)));
@@ -66,7 +75,21 @@ uint32_t host_store::acquire() {
 
 void host_store::release(uint32_t slot) { free_slots.push_back(slot); }
 
+uint8_t * host_store::data(uint32_t slot) const {
+    if (mover) {
+        mover->settle();
+    }
+    return where[slot];
+}
+
 void host_store::clear() {
+    if (mover) {
+        mover->settle();
+    }
+    free_arenas();
+}
+
+void host_store::free_arenas() {
     for (ggml_backend_buffer_t arena : arenas) {
         budget.used_bytes -= ggml_backend_buffer_get_size(arena);
         ggml_backend_buffer_free(arena);

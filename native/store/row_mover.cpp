@@ -1,5 +1,7 @@
 #include "store/row_mover.h"
 
+#include "store/host_store.h"
+
 #include "ggml-alloc.h"
 #include "ggml-cpp.h"
 
@@ -8,7 +10,7 @@
 
 namespace asrkf {
 
-constexpr size_t STAGING_ROWS  = 64;  // tokens per transfer
+constexpr size_t STAGING_ROWS  = 64;  // of each group
 constexpr size_t STAGING_ALIGN = 256; // of each tensor's part of the staging buffer
 
 thread_local uint32_t fail_move_in = 0;
@@ -26,30 +28,125 @@ static bool moves_rows(ggml_backend_t backend) {
     return ggml_backend_supports_op(backend, part) && ggml_backend_supports_op(backend, back);
 }
 
-struct row_mover::lane {
-    ggml_backend_buffer_type_t buft    = nullptr;
-    ggml_backend_t             backend = nullptr;
-    std::vector<row_tensor>    rows;
-    ggml_backend_buffer_ptr    staging;    // rows, then the indices
-    ggml_backend_buffer_ptr    bounce;     // the same bytes on the host
-    size_t                     index_offset = 0;
-    std::vector<uint8_t>       graph_meta; // memory of the graph's tensors
+// One direction's host memory, laid out as the staging buffer is: the cells' numbers of each group, then its rows, tensor by
+// tensor.
+struct row_mover::crossing {
+    struct slice {
+        size_t             group;
+        const row_tensor * tensor; // null: the cells' numbers
+        size_t             first, n; // of rows
+        size_t             at;     // bytes
+    };
+    ggml_backend_buffer_ptr memory;
+    ggml_backend_event_ptr  event; // null where the device has none: its transfers are waited for at once
+    bool                    busy = false;
+    std::vector<row>        rows;
+    std::vector<slice>      slices;
+    size_t                  n_index_bytes = 0, n_bytes = 0;
 
-    void allocate() {
+    uint8_t * base() const { return static_cast<uint8_t *>(ggml_backend_buffer_get_base(memory.get())); }
+
+    template <typename Index> void write_indices() const {
+        for (const slice & s : slices) {
+            for (size_t i = 0; !s.tensor && i < s.n; ++i) {
+                const Index cell = Index(rows[s.first + i].cell);
+                std::memcpy(base() + s.at + i*sizeof(cell), &cell, sizeof(cell));
+            }
+        }
+    }
+
+    void copy_rows(bool to_hosts) const {
+        for (const slice & s : slices) {
+            for (size_t i = 0; s.tensor && i < s.n; ++i) {
+                uint8_t * ours = base() + s.at + i*s.tensor->row_bytes, * host = rows[s.first + i].host + s.tensor->offset;
+                std::memcpy(to_hosts ? host : ours, to_hosts ? ours : host, s.tensor->row_bytes);
+            }
+        }
+    }
+};
+
+struct row_mover::lane {
+    ggml_backend_buffer_type_t           buft    = nullptr;
+    ggml_backend_t                       backend = nullptr;
+    std::vector<std::vector<row_tensor>> tensors;       // by group
+    size_t                               n_tensors = 0; // of all groups
+    std::vector<uint8_t>                 graph_meta;    // memory of the graph's tensors
+    crossing                             down, up;
+    ggml_backend_buffer_ptr              staging;       // the last, so freed first: a device frees nothing that is in use
+
+    // What n rows of a group take at most: n times the one, and the other.
+    size_t bytes_of_row(size_t group) const {
+        size_t n_bytes = sizeof(int64_t);
+        for (const row_tensor & t : tensors[group]) {
+            n_bytes += t.row_bytes;
+        }
+        return n_bytes;
+    }
+    size_t bytes_of_padding(size_t group) const { return STAGING_ALIGN*(tensors[group].size() + 1); }
+
+    void allocate(host_budget & budget) {
         size_t n_bytes = 0;
-        for (const auto & row : rows) {
-            n_bytes += padded(row.row_bytes*STAGING_ROWS);
+        for (size_t ig = 0; ig < tensors.size(); ++ig) {
+            n_bytes   += tensors[ig].empty() ? 0 : bytes_of_padding(ig) + STAGING_ROWS*bytes_of_row(ig);
+            n_tensors += tensors[ig].size();
         }
-        index_offset = n_bytes;
-        n_bytes += padded(STAGING_ROWS*sizeof(int64_t));
-        staging.reset(ggml_backend_buft_alloc_buffer(buft, n_bytes));
+        staging.reset(ggml_backend_buft_alloc_buffer(buft, padded(n_bytes)));
         ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-        ggml_backend_buffer_type_t host = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;
-        bounce.reset(ggml_backend_buft_alloc_buffer(host ? host : ggml_backend_cpu_buffer_type(), n_bytes));
-        if (!staging || !bounce) {
-            throw error(ASRKF_INTERNAL, format("no %zu bytes for the staging buffer on %s: lower kv_pool", n_bytes, ggml_backend_buft_name(buft)));
+        for (crossing * c : { &down, &up }) {
+            c->memory.reset(allocate_host(dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr, padded(n_bytes), budget));
+            c->event.reset(dev ? ggml_backend_event_new(dev) : nullptr);
         }
-        graph_meta.resize((4*rows.size() + 4)*ggml_tensor_overhead() + ggml_graph_overhead_custom(2*rows.size() + 8, false));
+        if (!staging || !down.memory || !up.memory) {
+            throw error(ASRKF_INTERNAL, format("no %zu bytes for the staging buffer on %s: lower kv_pool", padded(n_bytes), ggml_backend_buft_name(buft)));
+        }
+        graph_meta.resize((4*n_tensors + tensors.size() + 4)*ggml_tensor_overhead() + ggml_graph_overhead_custom(2*n_tensors + 8, false));
+    }
+
+    // As many rows from `begin` on as the staging buffer holds; those of other devices take no room. Returns the first that
+    // does not fit.
+    size_t lay_out(crossing & c, const std::vector<row> & rows, size_t begin) const {
+        size_t left = ggml_backend_buffer_get_size(staging.get()), end = begin;
+        c.slices.clear();
+        c.n_bytes = 0;
+        while (end < rows.size()) {
+            const size_t group = rows[end].group;
+            size_t n = 1;
+            while (end + n < rows.size() && rows[end + n].group == group) {
+                n++;
+            }
+            if (!tensors[group].empty()) {
+                const size_t padding = bytes_of_padding(group), each = bytes_of_row(group);
+                n = std::min(n, left > padding ? (left - padding) / each : 0);
+                if (n == 0) {
+                    break;
+                }
+                left -= padding + n*each;
+                c.slices.push_back({ group, nullptr, end - begin, n, c.n_bytes });
+                c.n_bytes += padded(n*sizeof(int64_t));
+            }
+            end += n;
+        }
+        c.n_index_bytes = c.n_bytes;
+        for (size_t i = 0, n_groups = c.slices.size(); i < n_groups; ++i) {
+            const crossing::slice s = c.slices[i];
+            for (const row_tensor & t : tensors[s.group]) {
+                c.slices.push_back({ s.group, &t, s.first, s.n, c.n_bytes });
+                c.n_bytes += padded(s.n*t.row_bytes);
+            }
+        }
+        c.rows.assign(rows.begin() + std::ptrdiff_t(begin), rows.begin() + std::ptrdiff_t(end));
+        return end;
+    }
+
+    void move(const std::vector<row> & rows, bool to_host) {
+        crossing & c = to_host ? down : up;
+        for (size_t begin = 0; begin < rows.size(); ) {
+            finish(c);
+            begin = lay_out(c, rows, begin);
+            if (!c.slices.empty()) {
+                move_piece(c, to_host);
+            }
+        }
     }
 
     ggml_tensor * place(ggml_tensor * tensor, ggml_backend_buffer_t buffer, void * address) const {
@@ -59,95 +156,115 @@ struct row_mover::lane {
         return tensor;
     }
 
-    void move(const uint32_t * cells, uint8_t * const * hosts, size_t n, bool to_host) {
+    void move_piece(crossing & c, bool to_host) {
         ggml_init_params params = { graph_meta.size(), graph_meta.data(), true };
         ggml_context_ptr holder(ggml_init(params));
-        ggml_context * ctx  = holder.get();
-        ggml_cgraph  * graph = ggml_new_graph_custom(ctx, 2*rows.size() + 8, false);
-        auto * base        = static_cast<uint8_t *>(ggml_backend_buffer_get_base(staging.get()));
-        auto * host        = static_cast<uint8_t *>(ggml_backend_buffer_get_base(bounce.get()));
-        ggml_tensor * idx  = place(ggml_new_tensor_1d(ctx, to_host ? GGML_TYPE_I32 : GGML_TYPE_I64, int64_t(n)), staging.get(), base + index_offset);
-
-        size_t used = 0;
-        for (const auto & row : rows) {
-            const int64_t words = int64_t(row.row_bytes / 4);
-            ggml_tensor * cache = place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, words, row.tensor->ne[1]*row.tensor->ne[2]), row.tensor->buffer, row.tensor->data);
-            ggml_tensor * stage;
-            if (to_host) {
-                stage = place(ggml_get_rows(ctx, cache, idx), staging.get(), base + used);
-                ggml_build_forward_expand(graph, stage);
-            } else {
-                stage = place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, words, int64_t(n)), staging.get(), base + used);
-                ggml_tensor * done = ggml_set_rows(ctx, cache, stage, idx);
-                if (!done->buffer && ggml_backend_view_init(done) != GGML_STATUS_SUCCESS) {
-                    throw error(ASRKF_MOVE_FAILED, "a view of the cache could not be made");
-                }
-                ggml_build_forward_expand(graph, done);
-                for (size_t i = 0; i < n; ++i) {
-                    std::memcpy(host + used + i*row.row_bytes, hosts[i] + row.offset, row.row_bytes);
-                }
+        ggml_context * ctx   = holder.get();
+        ggml_cgraph  * graph = ggml_new_graph_custom(ctx, 2*n_tensors + 8, false);
+        auto * base = static_cast<uint8_t *>(ggml_backend_buffer_get_base(staging.get()));
+        std::vector<ggml_tensor *> cells(tensors.size(), nullptr);
+        for (const auto & s : c.slices) {
+            if (!s.tensor) {
+                cells[s.group] = place(ggml_new_tensor_1d(ctx, to_host ? GGML_TYPE_I32 : GGML_TYPE_I64, int64_t(s.n)), staging.get(), base + s.at);
+                continue;
             }
-            used += padded(row.row_bytes*n);
+            const ggml_tensor * rows = s.tensor->tensor;
+            const int64_t n_words = int64_t(s.tensor->row_bytes / 4);
+            ggml_tensor * cache = place(ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_words, rows->ne[1]*rows->ne[2]), rows->buffer, rows->data);
+            ggml_tensor * stage = to_host ? ggml_get_rows(ctx, cache, cells[s.group]) : ggml_new_tensor_2d(ctx, GGML_TYPE_F32, n_words, int64_t(s.n));
+            place(stage, staging.get(), base + s.at);
+            ggml_tensor * done  = to_host ? stage : ggml_set_rows(ctx, cache, stage, cells[s.group]);
+            if (!done->buffer && ggml_backend_view_init(done) != GGML_STATUS_SUCCESS) {
+                throw error(ASRKF_MOVE_FAILED, "a view of the cache could not be made");
+            }
+            ggml_build_forward_expand(graph, done);
         }
-        ggml_tensor * all = place(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, int64_t(used / 4)), staging.get(), base);
-
         if (to_host) {
-            std::vector<int32_t> index(cells, cells + n);
-            ggml_backend_tensor_set(idx, index.data(), 0, n*sizeof(int32_t));
+            c.write_indices<int32_t>();
         } else {
-            std::vector<int64_t> index(cells, cells + n);
-            ggml_backend_tensor_set(idx, index.data(), 0, n*sizeof(int64_t));
-            ggml_backend_tensor_set(all, host, 0, used);
+            c.write_indices<int64_t>();
+            c.copy_rows(false);
         }
-        if (ggml_backend_graph_compute(backend, graph) != GGML_STATUS_SUCCESS) {
-            throw error(ASRKF_MOVE_FAILED, format("%s failed to move %zu rows", ggml_backend_name(backend), n));
+        run(c, graph, place(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, int64_t(c.n_bytes / 4)), staging.get(), base), to_host);
+    }
+
+    // all: the part of the staging buffer that is in use.
+    void run(crossing & c, ggml_cgraph * graph, ggml_tensor * all, bool to_host) {
+        const crossing & other = to_host ? up : down; // uploads may have a queue of their own (Vulkan's): not before the other has left the buffer
+        if (other.busy && other.event) {
+            ggml_backend_event_wait(backend, other.event.get());
         }
-        if (to_host) {
-            ggml_backend_tensor_get(all, host, 0, used);
-            used = 0;
-            for (const auto & row : rows) {
-                for (size_t i = 0; i < n; ++i) {
-                    std::memcpy(hosts[i] + row.offset, host + used + i*row.row_bytes, row.row_bytes);
-                }
-                used += padded(row.row_bytes*n);
-            }
+        ggml_backend_tensor_set_async(backend, all, c.base(), 0, to_host ? c.n_index_bytes : c.n_bytes);
+        const bool moved = ggml_backend_graph_compute_async(backend, graph) == GGML_STATUS_SUCCESS;
+        if (to_host && moved) {
+            ggml_backend_tensor_get_async(backend, all, c.base() + c.n_index_bytes, c.n_index_bytes, c.n_bytes - c.n_index_bytes);
+        }
+        c.busy = true;
+        if (c.event) {
+            ggml_backend_event_record(c.event.get(), backend);
+        } else {
+            ggml_backend_synchronize(backend);
+        }
+        if (!moved) {
+            throw error(ASRKF_MOVE_FAILED, format("%s failed to move %zu rows", ggml_backend_name(backend), c.rows.size()));
+        }
+    }
+
+    // The crossing's memory is free, and what it brought is at its host addresses.
+    void finish(crossing & c) {
+        if (!c.busy) {
+            return;
+        }
+        if (c.event) {
+            ggml_backend_event_synchronize(c.event.get());
+        }
+        c.busy = false;
+        if (&c == &down) {
+            c.copy_rows(true);
         }
     }
 };
 
-row_mover::row_mover(const std::vector<ggml_tensor *> & tensors, moves_kind kind) {
-    for (ggml_tensor * tensor : tensors) {
-        const row_tensor row = { tensor, ggml_row_size(tensor->type, tensor->ne[0]), bytes_per_token };
-        bytes_per_token += row.row_bytes;
-        const bool is_host = tensor->buffer && ggml_backend_buffer_is_host(tensor->buffer);
-        if (!is_host && kind == MOVES_DIRECT) {
-            throw error(ASRKF_UNSUPPORTED, format("moves=direct needs device memory that is host memory; %s is not: use moves=auto",
-                    tensor->buffer ? ggml_backend_buffer_name(tensor->buffer) : "it"));
+row_mover::row_mover(const std::vector<std::vector<ggml_tensor *>> & tensors, moves_kind kind, host_budget & budget) : groups(tensors.size()) {
+    for (size_t ig = 0; ig < tensors.size(); ++ig) {
+        group_rows & g = groups[ig];
+        for (ggml_tensor * tensor : tensors[ig]) {
+            const row_tensor row = { tensor, ggml_row_size(tensor->type, tensor->ne[0]), g.token_bytes };
+            g.token_bytes += row.row_bytes;
+            const bool is_host = tensor->buffer && ggml_backend_buffer_is_host(tensor->buffer);
+            if (!is_host && kind == MOVES_DIRECT) {
+                throw error(ASRKF_UNSUPPORTED, format("moves=direct needs device memory that is host memory; %s is not: use moves=auto",
+                        tensor->buffer ? ggml_backend_buffer_name(tensor->buffer) : "it"));
+            }
+            const bool is_direct = is_host && kind != MOVES_STAGED;
+            g.is_staged = g.is_staged || !is_direct;
+            if (is_direct) {
+                g.direct.push_back(row);
+            } else if (row.row_bytes % 4 != 0) {
+                g.one_by_one.push_back(row);
+            } else {
+                lane_of(ggml_backend_buffer_get_type(tensor->buffer)).tensors[ig].push_back(row);
+            }
         }
-        if (is_host && kind != MOVES_STAGED) {
-            direct.push_back(row);
-            continue;
-        }
-        staged = true;
-        if (row.row_bytes % 4 != 0) {
-            one_by_one.push_back(row);
-            continue;
-        }
-        const auto buft = ggml_backend_buffer_get_type(tensor->buffer);
-        auto found = std::find_if(lanes.begin(), lanes.end(), [&](const auto & l) { return l->buft == buft; });
-        if (found == lanes.end()) {
-            lanes.push_back(std::make_unique<lane>());
-            lanes.back()->buft = buft;
-            found = lanes.end() - 1;
-        }
-        (*found)->rows.push_back(row);
     }
     for (auto & l : lanes) {
-        l->allocate();
+        l->allocate(budget);
     }
 }
 
 row_mover::~row_mover() = default;
+
+row_mover::lane & row_mover::lane_of(ggml_backend_buffer_type_t buft) {
+    for (auto & l : lanes) {
+        if (l->buft == buft) {
+            return *l;
+        }
+    }
+    lanes.push_back(std::make_unique<lane>());
+    lanes.back()->buft = buft;
+    lanes.back()->tensors.resize(groups.size());
+    return *lanes.back();
+}
 
 size_t row_mover::staging_bytes() const {
     size_t n_bytes = 0;
@@ -172,41 +289,48 @@ void row_mover::attach(const std::vector<ggml_backend_t> & backends) {
     attached = true;
 }
 
-void row_mover::move(const uint32_t * cells, uint8_t * const * hosts, size_t n, bool to_host) {
-    const bool fails = fail_move_in > 0 && --fail_move_in == 0;
-    n = fails ? n/2 : n;
-    for (const auto & row : direct) {
-        auto * base = static_cast<uint8_t *>(row.tensor->data);
-        for (size_t i = 0; i < n; ++i) {
-            uint8_t * cell = base + cells[i]*row.tensor->nb[1];
-            uint8_t * host = hosts[i] + row.offset;
-            std::memcpy(to_host ? host : cell, to_host ? cell : host, row.row_bytes);
-        }
+void row_mover::move(const std::vector<row> & rows, bool to_host) {
+    if (fail_move_in > 0 && --fail_move_in == 0) {
+        move({ rows.begin(), rows.begin() + std::ptrdiff_t(rows.size() / 2) }, to_host);
+        settle();
+        throw error(ASRKF_MOVE_FAILED, "this move was to fail");
     }
-    for (const auto & row : one_by_one) {
-        for (size_t i = 0; i < n; ++i) {
-            if (to_host) {
-                ggml_backend_tensor_get(row.tensor, hosts[i] + row.offset, cells[i]*row.tensor->nb[1], row.row_bytes);
-            } else {
-                ggml_backend_tensor_set(row.tensor, hosts[i] + row.offset, cells[i]*row.tensor->nb[1], row.row_bytes);
+    for (size_t begin = 0, end = 0; begin < rows.size(); begin = end) {
+        const group_rows & g = groups[rows[begin].group];
+        while (end < rows.size() && rows[end].group == rows[begin].group) {
+            end++;
+        }
+        for (const row_tensor & t : g.direct) {
+            auto * base = static_cast<uint8_t *>(t.tensor->data);
+            for (size_t i = begin; i < end; ++i) {
+                uint8_t * cell = base + rows[i].cell*t.tensor->nb[1], * host = rows[i].host + t.offset;
+                std::memcpy(to_host ? host : cell, to_host ? cell : host, t.row_bytes);
+            }
+        }
+        for (const row_tensor & t : g.one_by_one) {
+            for (size_t i = begin; i < end; ++i) {
+                if (to_host) {
+                    ggml_backend_tensor_get(t.tensor, rows[i].host + t.offset, rows[i].cell*t.tensor->nb[1], t.row_bytes);
+                } else {
+                    ggml_backend_tensor_set(t.tensor, rows[i].host + t.offset, rows[i].cell*t.tensor->nb[1], t.row_bytes);
+                }
             }
         }
     }
-    for (auto & l : lanes) {
-        for (size_t begin = 0; begin < n; begin += STAGING_ROWS) {
-            l->move(cells + begin, hosts + begin, std::min(STAGING_ROWS, n - begin), to_host);
+    try {
+        for (auto & l : lanes) {
+            l->move(rows, to_host);
         }
-    }
-    if (fails) {
-        throw error(ASRKF_MOVE_FAILED, "this move was to fail");
+    } catch (...) {
+        settle();
+        throw;
     }
 }
 
-void row_mover::get(const uint32_t * cells, uint8_t * const * hosts, size_t n) { move(cells, hosts, n, true); }
-
-void row_mover::set(const uint32_t * cells, const uint8_t * const * hosts, size_t n) {
-    // one walk serves both directions; to the device, the host side is only read
-    move(cells, const_cast<uint8_t * const *>(hosts), n, false);
+void row_mover::settle() {
+    for (auto & l : lanes) {
+        l->finish(l->down);
+    }
 }
 
 } // namespace asrkf

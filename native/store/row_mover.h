@@ -1,13 +1,17 @@
-// Moves raw cache rows between device cells and host memory. Knows ggml's tensors and backends, no model and no policy.
+// Moves raw cache rows between device cells and host memory, for all layer groups of a context. Knows ggml's tensors and
+// backends, no model and no policy.
 //
-// A token's bytes are its row in every tensor (K and V of each layer), in the order of the tensors. Where the buffers
-// are host memory, rows are copied by memcpy (direct). Elsewhere, and where staged mode is asked for, rows are gathered on
-// the device into a staging buffer and cross in one transfer for 64 tokens and device, and the same backwards. ggml's
-// get_rows converts F16 and quantised rows, so the rows are viewed as F32 words; rows that are no whole number of
-// words are copied one by one.
+// A token's bytes in a group are its row in every tensor (K and V of each layer), in the order of the tensors. Where the
+// buffers are host memory, rows are copied by memcpy (direct). Elsewhere, and where staged mode is asked for, a call is one
+// transfer a device, whatever the number of groups: get() uploads the cells' numbers, gathers on the device into a staging
+// buffer, and downloads that; set() uploads numbers and rows together, and scatters them. The staging buffer holds 64
+// tokens of all groups; what is larger goes in pieces. ggml's get_rows converts F16 and quantised rows, so the rows are viewed
+// as F32 words; rows that are no whole number of words are copied one by one.
 //
-// The caller sees to it that the device has finished with the rows (ggml_backend_sched_synchronize), and must not run
-// anything else on the backends during a call.
+// Nobody waits for a staged transfer. A backend does what it is given in order, and the model's graphs run on the same one:
+// a gather has read its cells before a later set(), or the next step's graph, writes them, and a scatter has written its
+// cells before a graph reads them. Host memory of a transfer is used again only after its event. So the bytes of a get() are
+// at their host addresses after settle(), which is called before anybody reads them: see host_store::data().
 #pragma once
 
 #include "common.h"
@@ -22,29 +26,42 @@
 
 namespace asrkf {
 
+struct host_budget;
+
 // For tests: the n-th move of this thread from now on fails halfway; 0: none.
 extern thread_local uint32_t fail_move_in;
 
 class row_mover {
 public:
-    // tensors: [row elements, n_cells] or [row elements, n_cells, n_stream], allocated; cells are numbered through. Throws error(ASRKF_UNSUPPORTED) if direct is impossible.
-    row_mover(const std::vector<ggml_tensor *> & tensors, moves_kind kind);
+    struct row {
+        size_t    group;
+        uint32_t  cell;
+        uint8_t * host; // token_bytes(group)
+    };
+
+    // tensors, by group: [row elements, n_cells] or [row elements, n_cells, n_stream], allocated; cells are numbered through.
+    // Throws error(ASRKF_UNSUPPORTED) if direct is impossible. budget: notes whether memory could be pinned.
+    row_mover(const std::vector<std::vector<ggml_tensor *>> & tensors, moves_kind kind, host_budget & budget);
+    // What is on its way is lost. The backends may be gone by now.
     ~row_mover();
     row_mover(const row_mover &) = delete;
     row_mover & operator=(const row_mover &) = delete;
 
-    size_t token_bytes() const { return bytes_per_token; }
-    bool   is_staged() const { return staged; }
+    size_t token_bytes(size_t group) const { return groups[group].token_bytes; }
+    bool   is_staged(size_t group)   const { return groups[group].is_staged; }
     size_t staging_bytes() const; // on devices
 
     // Staged mode: find the backends of the buffers (those that compute the context's graphs).
     void attach(const std::vector<ggml_backend_t> & backends);
-    bool is_attached() const { return !staged || attached; }
+    bool is_attached() const { return lanes.empty() || attached; }
 
-    // The bytes of n cells to, and from, n host addresses. Throws error(ASRKF_MOVE_FAILED); the host side of get() and
-    // the device side of set() are then undefined, everything else is as it was.
-    void get(const uint32_t * cells, uint8_t * const * hosts, size_t n);
-    void set(const uint32_t * cells, const uint8_t * const * hosts, size_t n);
+    // Rows to, and from, their host addresses; those of a group beside each other. The device must have finished with cells that
+    // are moved directly or one by one. What get() brings is there after settle(); set() has read its rows when it returns, and
+    // they must be there. Throws error(ASRKF_MOVE_FAILED); the host side of get() and the device side of set() are then
+    // undefined, everything else is as it was, and nothing is on its way.
+    void get(const std::vector<row> & rows) { move(rows, true); }
+    void set(const std::vector<row> & rows) { move(rows, false); }
+    void settle();
 
 private:
     struct row_tensor {
@@ -52,16 +69,21 @@ private:
         size_t        row_bytes;
         size_t        offset; // within a token
     };
+    struct group_rows {
+        size_t                  token_bytes = 0;
+        bool                    is_staged   = false;
+        std::vector<row_tensor> direct; // host memory
+        std::vector<row_tensor> one_by_one;
+    };
+    struct crossing;
     struct lane; // the tensors of one device buffer type and their staging
 
-    void move(const uint32_t * cells, uint8_t * const * hosts, size_t n, bool to_host);
+    lane & lane_of(ggml_backend_buffer_type_t buft);
+    void   move(const std::vector<row> & rows, bool to_host);
 
-    std::vector<row_tensor>            direct;   // host memory
-    std::vector<row_tensor>            one_by_one;
+    std::vector<group_rows>            groups;
     std::vector<std::unique_ptr<lane>> lanes;
-    size_t                             bytes_per_token = 0;
-    bool                               staged          = false;
-    bool                               attached        = false;
+    bool                               attached = false;
 };
 
 } // namespace asrkf
