@@ -69,6 +69,10 @@ class KVStats:
     """By level: "soft", "window", "full"."""
     outputs_total: int
     """Outputs whose entropy was measured (while a trace runs, or with recovery)."""
+    missed_attention_ratio: float
+    """At the last scoring: the part of the scoring layers' attention that fell on frozen tokens, mean of all heads; -1: no scores."""
+    missed_attention_worst_ratio: float
+    """And of the worst head."""
     entropy: float
     """Nats, of the last of them; with running mean and standard deviation."""
     entropy_mean: float

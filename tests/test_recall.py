@@ -270,3 +270,27 @@ def test_every_layer_may_score(load, smollm2, text):
     greedy(llm, tokens_of(llm, text, 700), 20)
     assert llm.kv_stats().scoring_steps_total > 0
     check_states(llm)
+
+
+def test_missed_attention_is_seen_in_stats_and_trace(load, smollm2, text):
+    """A small pool misses more of the same text than a large one; nothing is claimed where nothing scores."""
+    missed = {}
+    for pool in (512, 1024):
+        llm = load(smollm2, kv_policy="asrkf", kv_pool=pool)
+        assert llm.kv_stats().missed_attention_ratio == -1
+        tokens = tokens_of(llm, text, 1600)
+        llm.eval(tokens[:1500])
+        with llm.kv_trace() as trace:
+            for token in tokens[1500:]:
+                llm.eval([token])
+        stats = llm.kv_stats()
+        assert trace.steps[-1]["missed_attention_ratio"] == stats.missed_attention_ratio
+        assert trace.steps[-1]["missed_attention_worst_ratio"] == stats.missed_attention_worst_ratio
+        assert all(0 < step["missed_attention_ratio"] < step["missed_attention_worst_ratio"] <= 1.0001 for step in trace.steps)
+        missed[pool] = np.mean([step["missed_attention_ratio"] for step in trace.steps])
+    print(f"missed attention: {missed}")
+    assert 0.002 < missed[1024] < missed[512] < 0.5
+    window = load(smollm2, kv_policy="window", kv_pool=512)
+    window.eval(tokens)
+    assert window.kv_stats().missed_attention_ratio == -1
+    assert load(smollm2, kv_policy="full").kv_stats().missed_attention_ratio == 0

@@ -130,6 +130,8 @@ struct asrkf_stats {
     uint64_t recoveries_window_total;
     uint64_t recoveries_full_total;
     uint64_t outputs_total;            /* output rows whose entropy was measured */
+    float    missed_attention_ratio;   /* at the last scoring: part of the scoring layers' attention that fell on frozen tokens, mean of all heads; -1: no scores */
+    float    missed_attention_worst_ratio; /* and of the worst head */
     float    entropy;                  /* of the last one, nats */
     float    entropy_mean;
     float    entropy_deviation;
@@ -167,6 +169,8 @@ struct asrkf_step {
     uint32_t scored;                   /* 1: the index was scored after the step */
     uint32_t occasion;                 /* 0: the interval; 1: the end of a prompt, computed again; recovery: 2 soft, 3 window, 4 full */
     float    entropy;                  /* nats, of the output before this step; measured while a trace runs, or recovery is on */
+    float    missed_attention_ratio;   /* of the last scoring before this step, mean of all heads and worst; -1: no scores yet */
+    float    missed_attention_worst_ratio;
     float    policy_seconds;
     float    moves_seconds;
 };

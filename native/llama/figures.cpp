@@ -22,6 +22,8 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     for (const sequence & q : tokens.sequences) {
         s.outputs_total += q.trigger.count();
     }
+    s.missed_attention_ratio       = scored.missed().mean;
+    s.missed_attention_worst_ratio = scored.missed().worst;
     s.entropy            = float(trigger.last());
     s.entropy_mean       = float(trigger.mean());
     s.entropy_deviation  = float(trigger.deviation());

@@ -102,6 +102,7 @@ llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimiz
 void memory::clear(bool data) {
     sequences.clear(data);
     placing.clear();
+    scored.clear_missed();
     counted.clear();
     budget.peak_bytes = budget.used_bytes;
 }
@@ -198,6 +199,7 @@ asrkf_stats upstream_stats(llama_context * ctx) {
     s.policy      = ASRKF_POLICY_FULL;
     s.n_groups    = 1;
     s.pool_cells  = llama_n_ctx(ctx);
+    s.missed_attention_ratio = s.missed_attention_worst_ratio = 0; // nothing is frozen
     if (llama_memory_t mem = llama_get_memory(ctx)) {
         const llama_pos pos_max = mem->seq_pos_max(0);
         s.tokens       = pos_max < 0 ? 0 : uint64_t(pos_max - mem->seq_pos_min(0) + 1);

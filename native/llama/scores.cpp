@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 namespace asrkf {
 
@@ -19,14 +20,19 @@ scores::scores(const settings & config, layer_groups & groups, token_table & tok
     std::vector<scoring_layer> layers;
     for (const uint32_t il : scoring_layers) {
         ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
+        const uint32_t ig = groups.of_layer(il);
+        const auto set = std::find(sets.begin(), sets.end(), ig);
         layers.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
-            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type() });
+            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type(), uint32_t(set - sets.begin()) });
+        if (set == sets.end()) {
+            sets.push_back(ig);
+        }
     }
     const uint32_t n_rows = config.n_index_rows();
     scorer = std::make_unique<relevance>(layers, n_rows, config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
             hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, config.no_alloc);
     graphs = std::make_unique<scoring_graphs>(*scorer, largest_shapes(), config.no_alloc);
-    arrived.reset(ggml_backend_buft_alloc_buffer(buft, graphs->n_parts()*2*n_rows*sizeof(float)));
+    arrived.reset(ggml_backend_buft_alloc_buffer(buft, (scorer->n_heads() + graphs->n_parts()*2*n_rows)*sizeof(float)));
     if (!arrived) {
         throw error(ASRKF_INTERNAL, "no host memory for the scores");
     }
@@ -108,14 +114,40 @@ void scores::prepare_scoring(side_step & step, bool prompt_end) {
     for (size_t i = 0; i < step.scored.size(); ++i) {
         const sequence & s = tokens.sequences[step.scored[i]];
         const std::vector<int32_t> own = s.rings.scoring_rows(prompt_end);
-        step.scoring.insert(step.scoring.end(), own.begin(), own.end());
+        step.scoring.scoring.insert(step.scoring.scoring.end(), own.begin(), own.end());
         for (const int32_t pos : s.rings.positions(prompt_end)) {
             queries.push_back({ pos, &s.records, &positions[i] });
         }
     }
-    step.mask = scorer->mask_of(step.scores, *tokens.index, queries);
+    step.scoring.mask   = scorer->mask_of(step.scores, *tokens.index, queries);
+    step.scoring.frozen = frozen_parts(step);
     attach();
     graphs->prepare(step.scores);
+}
+
+// Of each index row, in each set: the part of its tokens that is out of this step's attention. Of a token that sequences share
+// it is the part of those that score.
+std::vector<float> scores::frozen_parts(const side_step & step) const {
+    if (scorer->kind != SCORE_ATTENTION) {
+        return {};
+    }
+    const uint32_t n_scored = step.scores.n_scored;
+    std::vector<float> parts(size_t(n_scored)*sets.size(), 0), seen(n_scored, 0);
+    for (const uint32_t seq : step.scored) {
+        for (const uint32_t id : tokens.sequences[seq].records) {
+            const uint32_t row = (*tokens.index)[id];
+            seen[row] += 1;
+            for (size_t i = 0; i < sets.size(); ++i) {
+                const group & g = groups[sets[i]];
+                const int32_t cell = g.places[id].cell;
+                parts[i*n_scored + row] += cell < 0 || !g.cache->is_active(uint32_t(cell), seq);
+            }
+        }
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+        parts[i] /= std::max(1.0f, seen[i % n_scored]);
+    }
+    return parts;
 }
 
 void scores::attach() {
@@ -146,10 +178,10 @@ void scores::run(side_step & step) {
     if (step.scored.empty()) {
         return;
     }
-    run_scoring = std::move(step.scoring);
-    run_mask    = std::move(step.mask);
-    n_arrived   = step.scores.n_scored;
-    if (graphs->run(step.scores, run_scoring, run_mask, static_cast<float *>(ggml_backend_buffer_get_base(arrived.get())))) {
+    running   = std::move(step.scoring);
+    n_arrived = step.scores.n_scored;
+    auto * out_missed = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
+    if (graphs->run(running, out_missed + scorer->n_heads(), out_missed)) {
         pending = step.scored;
     } else {
         pending.clear();
@@ -164,7 +196,12 @@ void scores::fold_in() {
     }
     stopwatch watch(counted.scoring_seconds);
     moves.synchronize();
-    auto * means = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
+    const auto * by_head = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
+    if (scorer->kind == SCORE_ATTENTION) {
+        newest_missed = { std::accumulate(by_head, by_head + scorer->n_heads(), 0.0f) / float(scorer->n_heads()),
+            *std::max_element(by_head, by_head + scorer->n_heads()) };
+    }
+    auto * means = const_cast<float *>(by_head) + scorer->n_heads();
     float * peaks = means + n_arrived;
     for (size_t p = 1; p < graphs->n_parts(); ++p) { // of other devices
         for (uint32_t row = 0; row < n_arrived; ++row) {

@@ -24,8 +24,7 @@ struct side_step {
     relevance::written    written;    // index rows
     std::vector<uint32_t> scored;     // the sequences whose queries score, and
     scoring_shape         scores;
-    std::vector<int32_t>  scoring;    // where their queries are, and what they see
-    std::vector<float>    mask;
+    scoring_graphs::inputs scoring;   // where their queries are, and what they see
 };
 
 class scores {
@@ -64,6 +63,11 @@ public:
     // sequences share has what they all want of it.
     void fold_in();
     void drop_pending() { pending.clear(); }
+    // Of the newest scores that came back: the part of attention that fell on tokens frozen in its layer's group, averaged over
+    // all heads of the scoring layers, and of the worst head. -1: there are none.
+    struct missed_attention { float mean = -1, worst = -1; };
+    missed_attention missed() const { return newest_missed; }
+    void clear_missed() { newest_missed = {}; }
 
     // K rows that no graph of ours has written, from a state, a copy or a shift: into the index.
     void index_records(const std::vector<uint32_t> & ids);
@@ -71,6 +75,7 @@ public:
 private:
     std::vector<scoring_shape> largest_shapes() const;
     void prepare_scoring(side_step & step, bool prompt_end);
+    std::vector<float> frozen_parts(const side_step & step) const;
     void attach();
     void index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members);
 
@@ -81,9 +86,10 @@ private:
     counters &                 counted;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
     std::unique_ptr<scoring_graphs> graphs;        // as well
-    std::vector<int32_t>       run_scoring;        // what a run reads, until it is synchronised
-    std::vector<float>         run_mask;
-    ggml_backend_buffer_ptr    arrived;            // of each part means, then peaks, [n_arrived] each: never moved, it may still be written
+    scoring_graphs::inputs     running;            // what a run reads, until it is synchronised
+    ggml_backend_buffer_ptr    arrived;            // what heads miss; of each part means, then peaks, [n_arrived] each: never moved, it may still be written
+    std::vector<uint32_t>      sets;               // the groups of scoring layers
+    missed_attention           newest_missed;
     uint32_t                   n_arrived = 0;
     std::vector<uint32_t>      pending;            // the sequences whose scores are there
 };

@@ -335,7 +335,7 @@ llama_kv_cache::slot_info steps::cells_again(group & g, const sequence & s, cons
 void steps::record(const mark & before, const llama_ubatch & ubatch, bool scores, occasion why, float entropy) {
     if (trace.buffer) {
         asrkf_step step = { counted.steps_total, ubatch.pos[0], ubatch.n_tokens, 0, 0, uint32_t(counted.freezes_total - before.freezes),
-            uint32_t(counted.n_restores() - before.restores), scores, uint32_t(why), entropy, float(counted.policy_seconds - before.policy_seconds),
+            uint32_t(counted.n_restores() - before.restores), scores, uint32_t(why), entropy, scored.missed().mean, scored.missed().worst, float(counted.policy_seconds - before.policy_seconds),
             float(counted.moves_seconds - before.moves_seconds) };
         step.active_cells = groups.mean_cells([](const group & g) { return g.cache->n_used(); });
         step.frozen_cells = tokens.n_records() - std::min(tokens.n_records(), step.active_cells);

@@ -48,6 +48,22 @@ relevance::relevance(const std::vector<scoring_layer> & layers, uint32_t n_rows,
     }
 }
 
+uint32_t relevance::n_sets() const {
+    uint32_t n = 0;
+    for (const scoring_layer & l : specs) {
+        n = std::max(n, l.set + 1);
+    }
+    return n;
+}
+
+size_t relevance::n_heads() const {
+    size_t n = 0;
+    for (const scoring_layer & l : specs) {
+        n += size_t(l.n_head);
+    }
+    return n;
+}
+
 int64_t relevance::most_heads() const {
     int64_t most = 0;
     for (const scoring_layer & l : specs) {

@@ -30,7 +30,8 @@ struct scoring_layer {
     int64_t                    head; // elements of one head's key
     int64_t                    n_head;
     int64_t                    n_head_kv;
-    ggml_backend_buffer_type_t buft; // where the layer's cache is
+    ggml_backend_buffer_type_t buft;    // where the layer's cache is
+    uint32_t                   set = 0; // layers of one set have the same tokens frozen
 };
 
 // A query that scores, and the sequence that it sees: positions ascend.
@@ -68,6 +69,8 @@ public:
             score_kind kind, float soft_cap, bool no_alloc);
 
     const std::vector<scoring_layer> & layers() const { return specs; }
+    uint32_t n_sets() const; // numbered from 0 on
+    size_t   n_heads() const; // of all scoring layers
     size_t   device_bytes() const { return n_bytes; }
     uint32_t rows() const { return n_rows; }
     const std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> & breakdown() const { return sizes; }

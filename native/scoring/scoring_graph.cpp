@@ -50,8 +50,10 @@ struct scoring_graphs::graph {
     ggml_cgraph *       nodes   = nullptr;
     ggml_tensor *       scoring = nullptr; // I32 [n_scoring]: rows of the rings that score
     ggml_tensor *       mask    = nullptr; // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
+    ggml_tensor *       frozen  = nullptr; // F32 [n_scored, n_sets]
     ggml_tensor *       mean    = nullptr; // F32 [n_scored]: averaged over queries, heads and all scoring layers; of this part's layers
     ggml_tensor *       peak    = nullptr; // F32 [n_scored]: highest of all heads of these layers; averaged over queries, at a prompt's end the highest
+    ggml_tensor *       missed  = nullptr; // F32 [heads of these layers]: probability of frozen tokens, averaged over queries
 
 private:
     void add_layer(const relevance & kept, size_t i);
@@ -84,11 +86,18 @@ scoring_graphs::graph::graph(const relevance & kept, const std::vector<size_t> &
         mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, shape.n_scoring);
         ggml_set_input(mask);
     }
+    if (kept.kind == SCORE_ATTENTION) {
+        frozen = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, shape.n_scored, kept.n_sets());
+        ggml_set_input(frozen);
+    }
     for (const size_t i : layers) {
         add_layer(kept, i);
     }
-    for (ggml_tensor * out : { mean, peak }) {
-        ggml_set_output(out);
+    for (ggml_tensor * out : { mean, peak, missed }) {
+        if (out) {
+            ggml_build_forward_expand(nodes, out);
+            ggml_set_output(out);
+        }
     }
 }
 
@@ -140,6 +149,12 @@ void scoring_graphs::graph::add_layer(const relevance & kept, size_t i) {
     peak = peak ? joined(ctx, peak, top, true) : top;
     ggml_build_forward_expand(nodes, mean);
     ggml_build_forward_expand(nodes, peak);
+    if (frozen) {
+        ggml_tensor * column = ggml_view_1d(ctx, frozen, n, kept.layers()[i].set*frozen->nb[1]);
+        ggml_tensor * on_frozen = ggml_scale(ctx, ggml_reshape_1d(ctx, ggml_mul_mat(ctx, heads, column), n_head), 1.0f / float(shape.n_scoring));
+        missed = missed ? ggml_concat(ctx, missed, on_frozen, 0) : on_frozen;
+        ggml_build_forward_expand(nodes, missed);
+    }
 }
 
 //
@@ -265,22 +280,28 @@ void scoring_graphs::prepare(const scoring_shape & shape) {
     }
 }
 
-bool scoring_graphs::run(const scoring_shape & shape, const std::vector<int32_t> & scoring, const std::vector<float> & mask, float * out) {
+bool scoring_graphs::run(const inputs & in, float * out, float * out_missed) {
     if (fail_scoring_in > 0 && --fail_scoring_in == 0) {
         return false;
     }
     for (auto & p : parts) {
         const graph & g = p->graphs.front(); // prepared for this
-        ggml_backend_tensor_set_async(p->backend, g.scoring, scoring.data(), 0, ggml_nbytes(g.scoring));
-        if (g.mask) {
-            ggml_backend_tensor_set_async(p->backend, g.mask, mask.data(), 0, ggml_nbytes(g.mask));
+        ggml_backend_tensor_set_async(p->backend, g.scoring, in.scoring.data(), 0, ggml_nbytes(g.scoring));
+        for (const auto & [tensor, values] : { std::pair(g.mask, &in.mask), std::pair(g.frozen, &in.frozen) }) {
+            if (tensor) {
+                ggml_backend_tensor_set_async(p->backend, tensor, values->data(), 0, ggml_nbytes(tensor));
+            }
         }
         if (ggml_backend_graph_compute_async(p->backend, g.nodes) != GGML_STATUS_SUCCESS) {
             return false;
         }
         for (const ggml_tensor * scores : { g.mean, g.peak }) {
             ggml_backend_tensor_get_async(p->backend, scores, out, 0, ggml_nbytes(scores));
-            out += shape.n_scored;
+            out += scores->ne[0];
+        }
+        if (g.missed) {
+            ggml_backend_tensor_get_async(p->backend, g.missed, out_missed, 0, ggml_nbytes(g.missed));
+            out_missed += g.missed->ne[0];
         }
     }
     return true;

@@ -7,6 +7,8 @@
 // stream for each device, on which it would overlap with sampling, is a later matter. Never through llama.cpp's scheduler,
 // which computes the graph that it has allocated, whatever it is given.
 //
+// It also tells what attention misses: of each head of each scoring layer, the probability that falls on frozen tokens.
+//
 // A graph is made for each size of the index, of which there are four to an octave, and the newest few are kept with their
 // addresses. They share one buffer for each device, which is reserved for the largest when this is created.
 #pragma once
@@ -22,6 +24,13 @@ extern thread_local uint32_t fail_scoring_in;
 
 class scoring_graphs {
 public:
+    // What a run reads, which must stay until the backends are synchronised.
+    struct inputs {
+        std::vector<int32_t> scoring; // rows of the rings that score
+        std::vector<float>   mask;    // as relevance::mask_of() has it
+        std::vector<float>   frozen;  // [n_scored, n_sets]: part of a row's tokens that is; empty for magnitudes, which are no probabilities
+    };
+
     // largest: shapes that all others are parts of. no_alloc: sizes only. Throws error(ASRKF_UNSUPPORTED) where a device lacks
     // an operation, error(ASRKF_INTERNAL) without memory.
     scoring_graphs(const relevance & kept, const std::vector<scoring_shape> & largest, bool no_alloc);
@@ -39,10 +48,9 @@ public:
     bool is_attached() const;
     // Make this shape's graphs unless they are kept. Throws error(ASRKF_INTERNAL) without memory.
     void prepare(const scoring_shape & shape);
-    // Queue what was prepared last, and its way back to out: each part's means, then its peaks, n_scored of each. Rows of the rings
-    // that score, and mask, as relevance::mask_of() has it. All three must stay until the backends are synchronised. False
-    // if a device failed: out is then undefined.
-    bool run(const scoring_shape & shape, const std::vector<int32_t> & scoring, const std::vector<float> & mask, float * out);
+    // Queue what was prepared last, and its way back: to out each part's means, then its peaks, n_scored of each; to
+    // out_missed what each head misses. They must stay as the inputs do. False if a device failed: both are then undefined.
+    bool run(const inputs & in, float * out, float * out_missed);
 
     std::vector<ggml_cgraph *> graphs() const; // for tests: those that were prepared last, one for each part
 

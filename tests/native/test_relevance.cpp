@@ -28,11 +28,16 @@ struct oracle {
     std::vector<std::vector<std::vector<float>>> queries; // [layer][ring row] head*n_head
     std::vector<int32_t> row_pos, ring_pos;               // -1: none
 
-    void scores(score_kind kind, bool prompt_end, uint32_t layer, float scale, std::vector<double> & mean, std::vector<double> & peak) const {
+    // missed: what each head of the layer gives frozen rows
+    void scores(score_kind kind, bool prompt_end, uint32_t layer, float scale, std::vector<double> & mean, std::vector<double> & peak,
+            const std::vector<float> & frozen, std::vector<double> & missed) const {
         const uint32_t first = prompt_end ? s.n_queries : 0, n = prompt_end ? PROMPT_END_QUERIES : s.n_queries;
         std::vector<std::vector<double>> by_head(size_t(s.n_head), std::vector<double>(N_ROWS, 0));
+        const size_t n_before = missed.size();
+        missed.resize(n_before + size_t(s.n_head));
         const auto add = [&](int64_t h, uint32_t r, double x) {
             mean[r] += x / double(n*s.n_head);
+            missed[n_before + size_t(h)] += x*frozen[(layer % 2)*N_ROWS + r] / n;
             double & of_head = by_head[size_t(h)][r];
             of_head = prompt_end ? std::max(of_head, x) : of_head + x/n;
             peak[r] = std::max(peak[r], of_head);
@@ -78,7 +83,7 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     std::vector<scoring_layer> layers;
     for (uint32_t i = 0; i < s.n_layers; ++i) {
-        layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) });
+        layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()), i % 2 });
     }
     relevance branch_of(layers, N_ROWS, 1, FIRST_RING_ROW + n_kept_rows, type, kind, s.soft_cap, false);
     const scoring_shape shape = { N_ROWS, prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end, false };
@@ -148,22 +153,27 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         if (!scoring) {
             continue;
         }
-        std::vector<float> mask;
+        scoring_graphs::inputs in;
+        in.scoring = rings.scoring_rows(prompt_end);
+        std::vector<float> frozen(2*N_ROWS);
+        for (float & x : frozen) { x = float(random() % 3) / 2; }
+        if (kind == SCORE_ATTENTION) {
+            in.frozen.assign(frozen.begin(), frozen.begin() + N_ROWS*branch_of.n_sets());
+        }
         if (branch_of.has_mask(shape)) {
             const auto scoring_pos = rings.positions(prompt_end);
-            mask.assign(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
+            in.mask.assign(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
             for (uint32_t r = 0; r < N_ROWS; ++r) {
                 for (size_t i = 0; i < scoring_pos.size(); ++i) {
                     if (o.row_pos[r] >= 0 && o.row_pos[r] <= scoring_pos[i]) {
-                        mask[i*N_ROWS + r] = 0;
+                        in.mask[i*N_ROWS + r] = 0;
                     }
                 }
             }
         }
-        const std::vector<int32_t> scoring_rows = rings.scoring_rows(prompt_end);
-        std::vector<float> out(2*N_ROWS);
+        std::vector<float> out(2*N_ROWS), missed(branch_of.n_heads(), -1);
         graphs.prepare(shape);
-        CHECK(graphs.run(shape, scoring_rows, mask, out.data()));
+        CHECK(graphs.run(in, out.data(), missed.data()));
         ggml_backend_synchronize(backend.get());
         CHECK(graphs.device_bytes() == reserved_bytes);
         // ggml rounds q to the type that the index's dot product wants: F16 or Q8_0
@@ -176,10 +186,10 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
             }
             CHECK(largest > 0 && worst <= tolerance*largest);
         };
-        std::vector<double> mean(N_ROWS, 0), peak(N_ROWS, 0);
+        std::vector<double> mean(N_ROWS, 0), peak(N_ROWS, 0), expected_missed;
         double sum = 0;
         for (uint32_t i = 0; i < s.n_layers; ++i) {
-            o.scores(kind, prompt_end, i, scale, mean, peak);
+            o.scores(kind, prompt_end, i, scale, mean, peak, frozen, expected_missed);
         }
         for (double & x : mean) {
             sum += x /= double(s.n_layers);
@@ -188,6 +198,10 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         check(out.data() + N_ROWS, peak);
         if (kind == SCORE_ATTENTION) {
             CHECK(std::fabs(sum - 1) < 1e-6);
+            CHECK(missed.size() == expected_missed.size());
+            for (size_t h = 0; h < missed.size(); ++h) {
+                CHECK(std::fabs(missed[h] - expected_missed[h]) < tolerance);
+            }
         }
     }
 }
@@ -257,11 +271,13 @@ void compare_means(bool cut) {
         branch_of.set_written(b, branch_of.written_by(b.shape, index, std::vector<uint32_t>(records.begin() + begin, records.end())));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
-        const std::vector<int32_t> scoring = rings.scoring_rows(false);
-        const std::vector<float> mask = branch_of.mask_of(shape, index, { { rings.positions(false)[0], &records, &positions } });
+        const scoring_graphs::inputs in = { rings.scoring_rows(false),
+            branch_of.mask_of(shape, index, { { rings.positions(false)[0], &records, &positions } }), std::vector<float>(N_ROWS, 1) };
         std::vector<float> found(2*N_ROWS);
+        float missed = 0;
         graphs.prepare(shape);
-        CHECK(graphs.run(shape, scoring, mask, found.data()));
+        CHECK(graphs.run(in, found.data(), &missed));
+        CHECK(std::fabs(missed - 1) < 1e-5); // everything is frozen
         ggml_backend_synchronize(backend.get());
         return found;
     };
@@ -429,6 +445,7 @@ void check_shape_rules(const ggml_tensor * node) {
         case GGML_OP_ADD:
         case GGML_OP_SUB:
         case GGML_OP_MUL:
+        case GGML_OP_CONCAT:
             CHECK(a->type == GGML_TYPE_F32 && b->type == GGML_TYPE_F32 && a->nb[0] == sizeof(float) && b->nb[0] == sizeof(float));
             break;
         default:
@@ -513,13 +530,12 @@ TEST(failing_run, "a device that fails gives no scores") {
     scoring_graphs graphs(kept, { shape }, false);
     graphs.attach({ backend.get() });
     graphs.prepare(shape);
-    const std::vector<int32_t> scoring = { 0, 1, 2, 3 };
-    const std::vector<float> mask(256*4, 0);
-    std::vector<float> out(2*256);
+    const scoring_graphs::inputs in = { { 0, 1, 2, 3 }, std::vector<float>(256*4, 0), std::vector<float>(256, 0) };
+    std::vector<float> out(2*256), missed(kept.n_heads());
     fail_scoring_in = 2;
-    CHECK(graphs.run(shape, scoring, mask, out.data()));
-    CHECK(!graphs.run(shape, scoring, mask, out.data()));
-    CHECK(graphs.run(shape, scoring, mask, out.data()));
+    CHECK(graphs.run(in, out.data(), missed.data()));
+    CHECK(!graphs.run(in, out.data(), missed.data()));
+    CHECK(graphs.run(in, out.data(), missed.data()));
     CHECK(std::fabs(out[0]*256 - 1) < 1e-5); // empty rows: all the same
 }
 
