@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import time
@@ -164,3 +165,70 @@ def test_a_device_that_has_a_part_only_freezes_as_the_cpu_does(tmp_path: Path, o
         assert process.poll() is None
     print(result.stdout)
     assert result.returncode == 0, result.stderr[-3000:]
+
+
+COUNT = """
+import json, os, sys
+from rpc_proxy import CountingProxy
+proxy = CountingProxy(os.environ["ASRKF_TEST_RPC"])
+os.environ["ASRKF_TEST_RPC"] = proxy.endpoint
+import asrkf_gguf, conftest
+conftest.register_rpc_device()
+model, policy = sys.argv[1:3]
+llm = asrkf_gguf.Llama(model, n_ctx=2048, n_gpu_layers=-1, n_batch=64, n_ubatch=64, kv_policy=policy, verbose=False)
+llm.eval([7 * i % 251 for i in range(600)])
+steps = []
+for i in range(96):
+    messages, n_bytes, before = proxy.messages.copy(), proxy.bytes, llm.kv_stats()
+    with llm.kv_trace() if policy != "full" else __import__("contextlib").nullcontext() as trace:
+        llm.eval([5 * i % 251])
+        llm._ctx.get_logits_ith(-1)  # has waited for the answer to all that was asked
+    after = llm.kv_stats()
+    step = trace.steps[0] if trace else {}
+    steps.append({"messages": (proxy.messages - messages).total(), "bytes": proxy.bytes - n_bytes, "scored": step.get("scored"),
+                  "moved": [after.moved_to_host_bytes - before.moved_to_host_bytes, after.moved_to_device_bytes - before.moved_to_device_bytes]})
+print(json.dumps({"steps": steps, "staging": llm.kv_stats().device_staging_bytes, "groups": len(llm.kv_stats().groups)}))
+"""
+
+
+def count(model: str, policy: str) -> dict:
+    """Messages and bytes of each of 96 decode steps after a prompt longer than the pool."""
+    with rpc_server() as (endpoint, _):
+        environment = {**os.environ, "ASRKF_TEST_RPC": endpoint}
+        command = [sys.executable, "-c", COUNT, model, policy]
+        result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def twelve_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from make_models import write_tiny
+
+    path = tmp_path_factory.mktemp("models") / "twelve.gguf"
+    write_tiny(path, n_layer=12)
+    return str(path)
+
+
+def plain_messages(steps: list[dict], scored: bool | None) -> int:
+    return statistics.mode(step["messages"] for step in steps if not any(step["moved"]) and step["scored"] == scored)
+
+
+def test_a_plain_decode_step_is_at_most_three_messages_more_than_upstreams(twelve_layers):
+    full, ours = count(twelve_layers, "full"), count(twelve_layers, "asrkf,pool=512,window=128")
+    upstream, plain = plain_messages(full["steps"], None), plain_messages(ours["steps"], 0)
+    print(f"upstream {upstream} messages, {full['steps'][50]['bytes']} bytes; with the policy {plain} and {ours['steps'][50]['bytes']}")
+    assert plain <= upstream + 3
+
+
+def test_a_decision_is_at_most_eight_messages_for_each_staging_buffer_full_whatever_the_number_of_layers(twelve_layers):
+    layers = "/".join(f"{il}@{(512, 768)[il % 2]}" for il in range(12))
+    ours = count(twelve_layers, f"asrkf,layers={layers},window=128")
+    assert ours["groups"] == 12
+    decisions = [step for step in ours["steps"] if any(step["moved"])]
+    assert sum(step["moved"][0] > 0 for step in decisions) > 2 < sum(step["moved"][1] > 0 for step in decisions)
+    for step in decisions:
+        more = step["messages"] - plain_messages(ours["steps"], step["scored"])
+        print(f"{step['moved']} bytes moved: {more} messages more, {step['bytes']} bytes in all")
+        assert more <= 8 * -(-max(step["moved"]) // ours["staging"])
+    print(f"plain steps: {plain_messages(ours['steps'], 0)} messages; staging buffer {ours['staging']} bytes")
