@@ -20,7 +20,7 @@ from ._compat import LlamaBase
 from ._native import KVError, KVStatus, last_status
 from .config import FreezeConfig, PoolSize
 from .models import find_side_file
-from .stats import KVStats, read_stats
+from .stats import KVStats, OutputEntropy, read_output_entropy, read_stats
 
 
 def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
@@ -257,6 +257,11 @@ class Llama(LlamaBase):
     def kv_stats(self) -> KVStats:
         """Measured bytes, cells and moves; also for upstream's cache (policy "full")."""
         return read_stats(self.ctx)
+
+    def output_entropy(self, row: int = -1) -> OutputEntropy:
+        """Entropy of an output of the last eval(), the newest by default: the number that recovery acts on. ValueError if there is no
+        such row; KVError if a logit is NaN."""
+        return read_output_entropy(self.ctx, row)
 
     def kv_config(self) -> Optional[FreezeConfig]:
         """The configuration that runs, with every key set; None for upstream's cache."""

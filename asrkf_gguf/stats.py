@@ -87,6 +87,23 @@ class KVStats:
     groups: tuple[GroupStats, ...]
 
 
+@dataclass(frozen=True)
+class OutputEntropy:
+    """What an output says of the next token, in nats."""
+
+    log_sum_exp: float
+    """Of the logits: a token's log-probability is its logit less this."""
+    entropy: float
+    top_probability: float
+
+
+def read_output_entropy(context: Any, row: int) -> OutputEntropy:
+    """Of an output row of a llama_cpp context, counted as llama_get_logits_ith() does."""
+    raw = _native.struct("asrkf_output")
+    _native.check(_native.lib.asrkf_output_entropy(_native.context_pointer(context), row, raw))
+    return OutputEntropy(raw.log_sum_exp, raw.entropy, raw.top_probability)
+
+
 _CAUSES = ("timer", "window", "refill", "recall", "recovery", "request")
 _LEVELS = ("soft", "window", "full")
 

@@ -171,7 +171,11 @@ enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, 
 }
 
 enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy) {
-    return guarded([&] { need(logits, "logits"); need(out_entropy, "out_entropy"); *out_entropy = entropy_of(logits, n); });
+    return guarded([&] { need(logits, "logits"); need(out_entropy, "out_entropy"); *out_entropy = entropy_of(logits, n).entropy; });
+}
+
+enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, struct asrkf_output * out) {
+    return guarded([&] { need_struct(out, "out"); need(ctx, "ctx"); *out = output_of(ctx, i); });
 }
 
 enum asrkf_status asrkf_get_config(struct llama_context * ctx, struct asrkf_config * out) {

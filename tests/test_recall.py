@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from kv import check_states, greedy, last_logits, tokens_of
 
-from asrkf_gguf import FreezeConfig, calibrate
+from asrkf_gguf import FreezeConfig, KVError, calibrate
 from asrkf_gguf.models import find_side_file, side_files
 
 
@@ -95,7 +95,9 @@ def test_entropy_is_that_of_the_outputs(load, smollm2, text):
             p = np.exp(logits - logits.max())
             p /= p.sum()
             expected.append(float(-(p * np.log(np.maximum(p, 1e-300))).sum()))
+            asked = llm.output_entropy().entropy
             llm.eval([token])
+            assert llm.kv_stats().entropy == np.float32(asked)  # recovery's number is the caller's
     found = [step["entropy"] for step in trace.steps if step["n_tokens"] == 1]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     stats = llm.kv_stats()
@@ -103,6 +105,34 @@ def test_entropy_is_that_of_the_outputs(load, smollm2, text):
     assert stats.entropy == pytest.approx(expected[-1], rel=1e-4)
     assert stats.entropy_mean == pytest.approx(np.mean(expected), rel=1e-4)
     assert stats.entropy_deviation == pytest.approx(np.std(expected, ddof=1), rel=1e-3)
+
+
+@pytest.mark.parametrize("policy", ["asrkf,pool=512", None])
+def test_an_output_row_has_the_figures_that_float64_gives(load, smollm2, text, policy):
+    llm = load(smollm2, kv_policy=policy, logits_all=True)
+    with pytest.raises(ValueError, match="no output row"):
+        llm.output_entropy()
+    llm.eval(tokens_of(llm, text, 12))
+    address = llama_cpp.llama_get_logits(llm.ctx)
+    logits = np.ctypeslib.as_array(address, (12, llm.n_vocab()))  # llama.cpp's own memory: what is written there is read
+    logits[3, ::2] = -np.inf
+    logits[4] = 0
+    for row in (0, 3, 4, 11, -1, -9):
+        x = logits[row].astype(np.float64)
+        p = np.exp(x - x.max())
+        total = p.sum()
+        p /= total
+        found = llm.output_entropy(row)
+        assert found.log_sum_exp == pytest.approx(x.max() + np.log(total), rel=1e-6)
+        assert found.entropy == pytest.approx(-(p[p > 0] * np.log(p[p > 0])).sum(), rel=1e-5)
+        assert found.top_probability == pytest.approx(p.max(), rel=1e-6)
+    assert llm.output_entropy(4).entropy == pytest.approx(np.log(llm.n_vocab()), rel=1e-7)
+    logits[5, 77] = np.nan
+    with pytest.raises(KVError, match="row 5 has a NaN, at token 77"):
+        llm.output_entropy(5)
+    for row in (12, -13, 1 << 30):
+        with pytest.raises(ValueError, match=f"no output row {row}"):
+            llm.output_entropy(row)
 
 
 @pytest.mark.parametrize("trigger", ["entropy", "random"])

@@ -157,6 +157,14 @@ struct asrkf_group_stats {
     uint64_t device_kv_bytes;
 };
 
+/* What an output row says of the next token; logits in nats. A row without any finite logit has entropy 0 and top 0. */
+struct asrkf_output {
+    uint32_t struct_size;
+    double   log_sum_exp;              /* of the logits: a token's log-probability is its logit less this */
+    double   entropy;                  /* Shannon's, nats */
+    double   top_probability;
+};
+
 /* One step (ubatch), all groups together; cells are means over the layers. */
 struct asrkf_step {
     uint64_t index;
@@ -226,6 +234,10 @@ ASRKF_API enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32
 
 /* Shannon entropy in nats of softmax(logits). */
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
+/* The same and more of an output row of the last llama_decode(), i as in llama_get_logits_ith(); waits for it. Serves upstream's
+ * cache, too. ASRKF_INVALID_ARGUMENT: there is no such row; ASRKF_UNSUPPORTED: a backend sampler has kept its logits on the
+ * device; ASRKF_INTERNAL: a logit is NaN. */
+ASRKF_API enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, struct asrkf_output * out);
 
 ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, struct asrkf_config * out);
 /* asrkf_get_stats() serves upstream's cache, too: policy ASRKF_POLICY_FULL, no groups to ask about. */

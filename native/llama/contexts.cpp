@@ -96,9 +96,9 @@ bool memory_context::apply() {
     }
 }
 
-void memory_context::on_computed(llama_context &, const llm_graph_result &) {
+void memory_context::on_computed(llama_context & lctx, const llm_graph_result & res) {
     scored.run(side);
-    placing.computed(has_output && i_cur + 1 == ubatches.size());
+    placing.computed(lctx, res, ubatches[i_cur], has_output && i_cur + 1 == ubatches.size());
 }
 
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {

@@ -38,6 +38,9 @@ engine * engine_of(llama_context * ctx);
 // The same figures for a context that runs upstream's cache: every cell is active.
 asrkf_stats upstream_stats(llama_context * ctx);
 
+// An output row of the last llama_decode(); throws as asrkf_output_entropy() says.
+asrkf_output output_of(llama_context * ctx, int32_t i);
+
 // What a calibration side file names its model by.
 std::string model_fingerprint(const llama_model * model);
 

@@ -123,27 +123,35 @@ void steps::note_outputs(const llama_batch & batch, int32_t n_outputs) {
 
 // The entropy of each sequence's last output in the last call, which the caller has had by now, and what it calls for.
 void steps::read_entropy() {
-    if (!std::exchange(output_pending, false) || (config.recovery == RECOVERY_OFF && !trace.buffer)) {
-        return;
+    const bool pending = std::exchange(output_pending, false) && wants_entropy();
+    if (!pending) {
+        return sampled.clear();
     }
     stopwatch watch(counted.policy_seconds);
     moves.synchronize();
     for (sequence & s : tokens.sequences) {
-        const float * logits = s.output < 0 && s.n_tokens() > 0 ? moves.context()->get_logits_ith(s.output) : nullptr;
+        if (s.output == 0 || s.n_tokens() == 0) {
+            continue;
+        }
+        const float * logits = sampled.of(s.id) ? sampled.of(s.id) : moves.context()->get_logits_ith(s.output);
         if (!logits) {
             continue;
         }
         speaker = s.id;
-        switch (s.trigger.observe(entropy_of(logits, size_t(config.model.vocab.n_tokens())), tokens.records[s.records.back()].token)) {
+        switch (s.trigger.observe(entropy_of(logits, size_t(config.model.vocab.n_tokens())).entropy, tokens.records[s.records.back()].token)) {
             case RECOVERY_SOFT:   counted.recoveries_soft_total++;   s.why.ask_for(occasion::soft_reset);   break;
             case RECOVERY_WINDOW: counted.recoveries_window_total++; s.why.ask_for(occasion::window_reset); break;
             case RECOVERY_FULL:   counted.recoveries_full_total++;   s.why.ask_for(occasion::full_reset);   break;
             default:              break;
         }
     }
+    sampled.clear();
 }
 
-void steps::computed(bool output) {
+void steps::computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool output) {
+    if (wants_entropy()) {
+        sampled.fetch(ctx, res, ubatch);
+    }
     tokens.rewalk_begin = -1;
     tokens.in_flight.clear();
     output_pending = output;

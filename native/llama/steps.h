@@ -2,6 +2,7 @@
 // batches of 2048 tokens on pools of that size. Placing a step is: fold the last scores in, decide, move, find slots.
 #pragma once
 
+#include "llama/outputs.h"
 #include "llama/scores.h"
 
 #include "llama-batch.h"
@@ -11,7 +12,7 @@ namespace asrkf {
 class steps {
 public:
     steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted, const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), budget(budget) {}
+        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), budget(budget), sampled(config.n_seq_max) {}
 
     // A batch in steps that fit the pools. rewalks: the last step is the end of the prompt once more. Throws error where it can
     // never fit; no token has changed then, but the last output's entropy has been read, and the sequences' shares may be
@@ -35,7 +36,7 @@ public:
     // There are more tokens than cells: from then on any cell may be taken, and attention goes over all, so that graphs stay.
     bool   overflows(const group & g, const llama_kv_cache::slot_info & slot) const;
     // output: the call's last step is computed, and has one.
-    void   computed(bool output);
+    void   computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool output);
 
     void clear() { output_pending = false; }
     void set_fault(const std::string & text) { fault = text; } // why every decode must fail
@@ -50,6 +51,7 @@ private:
     void check_host_limit(uint32_t n_new) const;
     uint32_t longest_step(const std::vector<uint32_t> & n_new, uint32_t n_ubatch_max) const;
     void note_outputs(const llama_batch & batch, int32_t n_outputs);
+    bool wants_entropy() const { return config.recovery != RECOVERY_OFF || trace.buffer; }
     void read_entropy();
     std::vector<part> parts_of(const llama_ubatch & ubatch) const;
     std::vector<demand> demands_of(const std::vector<part> & parts) const;
@@ -73,6 +75,7 @@ private:
     const host_budget & budget;
     bool                output_pending = false; // the last call had an output row
     bool                prompt_follows = false; // the caller says that the next call continues the prompt
+    sampled_rows        sampled;                // outputs of this call that a backend sampler took
     uint32_t            speaker        = 0;     // the sequence whose entropy was read last
     std::string         fault;
 };

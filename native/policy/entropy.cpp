@@ -5,16 +5,19 @@
 
 namespace asrkf {
 
-double entropy_of(const float * logits, size_t n) {
+asrkf_output entropy_of(const float * logits, size_t n) {
+    const auto output = [](double log_sum_exp, double entropy, double top) { return asrkf_output { sizeof(asrkf_output), log_sum_exp, entropy, top }; };
     float top = -INFINITY;
+    bool  nan = n == 0;
     for (size_t i = 0; i < n; ++i) {
-        if (std::isnan(logits[i])) {
-            return NAN;
-        }
-        top = std::max(top, logits[i]);
+        nan |= std::isnan(logits[i]);
+        top  = std::max(top, logits[i]);
     }
-    if (n == 0 || !std::isfinite(top)) { // nothing is allowed, or one logit is infinite
-        return n == 0 ? NAN : 0;
+    if (nan) {
+        return output(NAN, NAN, NAN);
+    }
+    if (!std::isfinite(top)) { // nothing is allowed, or one logit is infinite
+        return output(double(top), 0, top > 0 ? 1 : 0);
     }
     // H = log(sum e^x) - sum(x e^x) / sum(e^x), with x relative to the top: no term overflows, and each is at most 1
     double sum = 0, weighted = 0;
@@ -26,7 +29,7 @@ double entropy_of(const float * logits, size_t n) {
             weighted += e*double(x);
         }
     }
-    return std::max(0.0, std::log(sum) - weighted / sum);
+    return output(double(top) + std::log(sum), std::max(0.0, std::log(sum) - weighted / sum), 1 / sum);
 }
 
 recovery_trigger::recovery_trigger(recovery_kind highest, trigger_kind kind, float share, uint32_t pause_tokens, uint32_t seed)

@@ -14,8 +14,8 @@
 
 namespace asrkf {
 
-// Shannon entropy in nats of softmax(logits): log-sum-exp form, double accumulators. NaN if a logit is.
-double entropy_of(const float * logits, size_t n);
+// Of softmax(logits): double accumulators, nothing overflows. All three are NaN if a logit is, or without any.
+asrkf_output entropy_of(const float * logits, size_t n);
 
 class recovery_trigger {
 public:

@@ -11,7 +11,7 @@ using namespace asrkf;
 
 namespace {
 
-double entropy(const std::vector<float> & logits) { return entropy_of(logits.data(), logits.size()); }
+double entropy(const std::vector<float> & logits) { return entropy_of(logits.data(), logits.size()).entropy; }
 
 // A run of n outputs with noise around 2 nats.
 recovery_trigger after_a_run(recovery_kind highest, trigger_kind kind, int n, std::vector<int> * levels = nullptr) {
@@ -47,6 +47,17 @@ TEST(extremes, "huge logits do not overflow, minus infinity is a token that cann
     CHECK(entropy({ -inf, -inf }) == 0);
     CHECK(std::isnan(entropy({ 0, NAN })));
     CHECK(std::isnan(entropy({})));
+}
+
+TEST(figures, "the top token's probability and the log of the sum fit the entropy, also for a vocabulary of one token") {
+    const std::vector<float> one = { -7.5f }, four = { 2, 2, 2, 2 };
+    const asrkf_output only = entropy_of(one.data(), 1), even = entropy_of(four.data(), 4);
+    CHECK(only.log_sum_exp == -7.5 && only.entropy == 0 && only.top_probability == 1);
+    CHECK(std::fabs(even.log_sum_exp - 2 - std::log(4.0)) < 1e-9 && std::fabs(even.entropy - std::log(4.0)) < 1e-9 && even.top_probability == 0.25);
+    const float nan[] = { 1, NAN }, none[] = { -INFINITY, -INFINITY }, certain[] = { 1, INFINITY };
+    CHECK(std::isnan(entropy_of(nan, 2).log_sum_exp) && std::isnan(entropy_of(nan, 2).top_probability));
+    CHECK(entropy_of(none, 2).log_sum_exp == double(-INFINITY) && entropy_of(none, 2).top_probability == 0);
+    CHECK(entropy_of(certain, 2).log_sum_exp == double(INFINITY) && entropy_of(certain, 2).top_probability == 1);
 }
 
 TEST(shift, "adding a constant to all logits changes nothing") {
