@@ -14,6 +14,7 @@ NATIVE = {
     "policy": {"common.h", "policy"},
     "store": {"common.h", "store", "ggml"},
     "scoring": {"common.h", "scoring", "ggml"},
+    "cuda": {"cuda", "<cuda_fp16.h>", "<cuda_runtime.h>", "<cuda_runtime_api.h>", "cuda_shim.h"},
     "llama": {"common.h", "policy", "store", "scoring", "llama", "ggml", "llama-", "<nlohmann/json.hpp>"},
     "common": {"common.h", "asrkf.h"},
     "asrkf": {"asrkf.h", "common.h", "policy", "llama/engine.h"},
@@ -47,7 +48,7 @@ PYTHON = {
 
 
 def native_files() -> list[Path]:
-    files = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".h", ".cpp"))
+    files = (path for path in (ROOT / "native").rglob("*") if path.suffix in (".h", ".cpp", ".cu"))
     return sorted(path for path in files if not {"cmake", "include"} & set(path.parts))
 
 

@@ -1,0 +1,72 @@
+// CUDA kernels for what the portable graphs compute elsewhere: relevance, moves of rows, entropy of an output. They know
+// pointers and a stream, no tensor and no model.
+//
+// Every function queues its work on the stream and returns at once: nullptr, or why nothing could be queued, text that lives as
+// long as the program. All pointers are the device's, or host memory that the device sees (pinned). A fault while a kernel runs
+// is told by whatever waits for the stream.
+#pragma once
+
+#ifdef ASRKF_CUDA_SHIM
+#    include "cuda_shim.h"
+#else
+#    include <cuda_runtime_api.h>
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+namespace asrkf::cuda {
+
+using failure = const char *; // nullptr: none
+
+// Relevance of one scoring layer; scoring/relevance.h says what it means. Layers add up in the order of their launches.
+enum class row_type : int32_t { f16, q8_0, q4_0 };
+
+struct relevance_layer {
+    row_type        type;
+    const void *    index;      // for each KV head a contiguous matrix of rows of `head` elements,
+    size_t          head_bytes; //   so far apart
+    const float *   ring;       // query rows [n_head, head]
+    const int32_t * scoring;    // [n_queries]: rows of the ring
+    const float *   mask;       // [n_queries, n_rows]: added to logits; for magnitudes a factor; nullptr: none
+    const float *   frozen;     // [n_rows]: 1 for rows that this layer's attention does not see, else 0; nullptr: not asked for
+    uint32_t        head;       // elements: a multiple of 16, of 32 in the quantised types, at most MAX_HEAD
+    uint32_t        n_head;
+    uint32_t        n_head_kv;
+    uint32_t        n_rows;
+    uint32_t        n_queries;
+    uint32_t        n_layers;   // all of them: the mean is over layers, too
+    float           scale;
+    float           soft_cap;   // 0: none
+    bool            magnitude;  // |q.k| instead of attention
+    bool            prompt_end; // the peak is the highest of all queries, not the highest mean of a head
+    bool            is_first;   // of the scoring layers: results are set, not added to
+    float *         mean;       // [n_rows]
+    float *         peak;       // [n_rows]
+    float *         missed;     // [2]: share of attention on frozen rows in this layer, mean and worst head; with `frozen` only
+    void *          scratch;    // relevance_scratch_bytes(), 16-byte aligned, zero before its first use; one stream's at a time
+};
+
+constexpr uint32_t MAX_HEAD = 256;
+
+size_t  relevance_scratch_bytes(uint32_t n_head, uint32_t n_head_kv, uint32_t n_rows, uint32_t n_queries);
+failure add_relevance(const relevance_layer & layer, cudaStream_t stream);
+
+// Rows of tokens in many tensors, to or from one staging buffer, token by token.
+struct row_part {
+    uint8_t * base;      // a tensor's first row
+    size_t    stride;    // bytes from row to row
+    uint32_t  row_bytes; // any number
+    size_t    offset;    // within a token's bytes in the staging buffer
+};
+
+// parts [n_parts], cells [n_cells]: tables that the device reads, valid until it has. To the device (to_staging = false) no cell may
+// be there twice.
+failure move_rows(const row_part * parts, uint32_t n_parts, const uint32_t * cells, uint32_t n_cells, uint8_t * staging, size_t token_bytes,
+        bool to_staging, cudaStream_t stream);
+
+// Of n_rows rows of n logits, row_stride elements apart: log-sum-exp, entropy in nats and top probability, three numbers a row, as
+// policy/entropy.h has them.
+failure output_entropy(const float * logits, size_t row_stride, uint32_t n, uint32_t n_rows, double * out, cudaStream_t stream);
+
+} // namespace asrkf::cuda
