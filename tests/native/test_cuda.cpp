@@ -1,9 +1,13 @@
-// The source of native/cuda/, run on a CPU (cuda_shim.h), against plain loops. No card is asked for, and none is spoken for.
+// The source of native/cuda/, run on a CPU (cuda_shim.h), against plain loops, and the portable graph against the same cases. No card is
+// asked for, and none is spoken for.
 #include "check.h"
 #include "cuda_cases.h"
 
 #include "cuda/kernels.h"
 #include "policy/entropy.h"
+#include "scoring/scoring_graph.h"
+
+#include "ggml-cpp.h"
 
 #include <array>
 #include <map>
@@ -40,6 +44,44 @@ on_card run(const relevance_data & d, std::vector<uint64_t> & scratch) {
     return out;
 }
 
+// Index and rings of a case, as the portable graph has them on the CPU.
+struct on_cpu {
+    explicit on_cpu(const relevance_data & d) : backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)), kept(layers_of(d.c), d.c.n_rows, 1, n_ring(d), d.c.type,
+            d.c.magnitude ? SCORE_MAGNITUDE : SCORE_ATTENTION, d.c.soft_cap, false) {
+        const relevance_case & c = d.c;
+        ggml_init_params params = { 1024*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
+        ggml_context_ptr ctx(ggml_init(params));
+        const relevance::branch unused = kept.new_branch(ctx.get(), { 1, 1, 1 });
+        for (uint32_t i = 0; i < c.n_layers; ++i) { // building is how the scale becomes known
+            kept.build(ctx.get(), ggml_new_graph(ctx.get()), unused, i, ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.head, c.n_head, 1),
+                    ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.head, c.n_head_kv, 1), d.scale());
+            std::vector<uint8_t> rows;
+            for (uint32_t kv = 0; kv < c.n_head_kv; ++kv) {
+                rows.insert(rows.end(), d.index[i].begin() + std::ptrdiff_t(kv*d.head_bytes()), d.index[i].begin() + std::ptrdiff_t(kv*d.head_bytes() + c.n_rows*d.row_bytes));
+            }
+            kept.set_rows(i, 0, c.n_rows, rows.data());
+            ggml_backend_tensor_set(kept.states()[i].ring, d.ring[i].data(), 0, d.ring[i].size()*sizeof(float));
+        }
+    }
+    static uint32_t n_ring(const relevance_data & d) { return uint32_t(d.ring[0].size() / (size_t(d.c.n_head)*d.c.head)); }
+    static std::vector<scoring_layer> layers_of(const relevance_case & c) {
+        return std::vector<scoring_layer>(c.n_layers, { 0, c.head, c.n_head, c.n_head_kv, ggml_backend_cpu_buffer_type() });
+    }
+    std::vector<float> run(const relevance_data & d) {
+        const scoring_shape shape = { d.c.n_rows, d.c.n_queries, d.c.prompt_end, d.c.n_sequences > 1 };
+        scoring_graphs graphs(kept, { shape }, false);
+        graphs.attach({ backend.get() });
+        graphs.prepare(shape);
+        std::vector<float> out(2*size_t(d.c.n_rows), -7);
+        CHECK(graphs.run(shape, d.scoring, d.mask, out.data()));
+        ggml_backend_synchronize(backend.get());
+        return out;
+    }
+
+    ggml_backend_ptr backend;
+    relevance        kept;
+};
+
 } // namespace
 
 TEST(cases, "every case gives what plain loops give, whatever the order in which threads and blocks run, to the same bits") {
@@ -58,6 +100,24 @@ TEST(cases, "every case gives what plain loops give, whatever the order in which
         }
         CHECK(worst < 2e-5);
         CHECK(found[0] == found[1] && found[0] == found[2]);
+    }
+}
+
+TEST(portable, "the portable graph gives what plain loops give for the same cases, as far as it rounds queries to the index's type") {
+    for (const relevance_case & c : relevance_cases()) {
+        if (c.blind || c.odd_key != 0 || (c.magnitude && c.n_sequences == 1)) {
+            continue; // no query may see nothing; which NaN wins is each backend's choice; such magnitudes are not masked
+        }
+        const relevance_data d(c);
+        const relevance_result expected = expected_of(d);
+        const std::vector<float> found = on_cpu(d).run(d);
+        const auto half = found.begin() + std::ptrdiff_t(c.n_rows);
+        const double worst = std::max(difference(expected.mean, { found.begin(), half }), difference(expected.peak, { half, found.end() }));
+        const double tolerance = c.type == GGML_TYPE_F16 ? 4e-3 : 3e-2;
+        if (!(worst < tolerance)) {
+            std::printf("%s: relative difference %g\n", c.what, worst);
+        }
+        CHECK(worst < tolerance);
     }
 }
 
