@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import enum
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import cffi
 
@@ -112,6 +113,46 @@ def default_score_layers(n_layers: int) -> list[int]:
     out, n = ffi.new("uint32_t[]", n_layers or 1), ffi.new("size_t *")
     check(lib.asrkf_default_score_layers(n_layers, out, n_layers, n))
     return list(out[0 : n[0]])
+
+
+def model_pointer(model: Any) -> Any:
+    """llama_cpp's model (a ctypes pointer) as cffi's."""
+    address = model if isinstance(model, int) else ctypes.cast(model, ctypes.c_void_p).value
+    return ffi.cast("struct llama_model *", address or 0)
+
+
+def fingerprint(model: Any) -> str:
+    """The engine's name for a loaded model (a llama_model pointer of llama_cpp): shape and norm weights."""
+    out = ffi.new("char[]", 128)
+    check(lib.asrkf_model_fingerprint(model_pointer(model), out, 128))
+    return ffi.string(out).decode()
+
+
+def calibrate(
+    model: Any, tokens: Sequence[int], n_threads: int = 0, progress: Optional[Callable[[int, int], None]] = None
+) -> tuple[list[float], list[int]]:
+    """Sensitivities of a loaded model's layers, and which of them score (asrkf_calibrate of asrkf.h). What progress raises stops
+    the pass, and is raised; ValueError and KVError say what else there is against it."""
+    stopped: list[BaseException] = []
+
+    def step(_user: Any, done: int, in_all: int) -> int:
+        try:
+            if progress:
+                progress(done, in_all)
+        except BaseException as error:  # Control-C, too, arrives here
+            stopped.append(error)
+        return len(stopped)
+
+    most = 4096
+    sensitivities, layers, n = ffi.new("double[]", most), ffi.new("uint32_t[]", most), ffi.new("size_t[2]")
+    callback = ffi.callback("asrkf_progress", step)
+    status = lib.asrkf_calibrate(
+        model_pointer(model), list(tokens), len(tokens), n_threads, callback, ffi.NULL, sensitivities, layers, most, n, n + 1
+    )
+    if stopped:
+        raise stopped[0]
+    check(status)
+    return list(sensitivities[0 : n[0]]), list(layers[0 : n[1]])
 
 
 def config_table() -> list[dict[str, Any]]:

@@ -36,16 +36,6 @@ LEAST_CELLS = 256  # of the layer under test: the smallest pool
 SCORER_TOKENS = 2048  # read to compare scoring layers: fewer leave budgets of one or two LEAST_CELLS
 
 
-def fingerprint(model: Any) -> str:
-    """The engine's name for a loaded model (a llama_model pointer of llama_cpp): shape and norm weights."""
-    import ctypes
-
-    out = _native.ffi.new("char[]", 128)
-    address = ctypes.cast(model, ctypes.c_void_p).value or 0
-    _native.check(_native.lib.asrkf_model_fingerprint(_native.ffi.cast("struct llama_model *", address), out, 128))
-    return _native.ffi.string(out).decode()
-
-
 class Runner:
     """One loaded model, a new context with its own policy for each measurement."""
 
@@ -168,7 +158,7 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
     content: dict[str, Any] = {
         "format": "asrkf-calibration",
         "version": 2,
-        "model": fingerprint(runner.llm.model),
+        "model": _native.fingerprint(runner.llm.model),
         "model_file": path.name,
         "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),

@@ -170,6 +170,24 @@ enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, 
     });
 }
 
+enum asrkf_status asrkf_calibrate(struct llama_model * model, const int32_t * tokens, size_t n_tokens, int32_t n_threads, asrkf_progress progress, void * user,
+        double * out_sensitivities, uint32_t * out_score_layers, size_t capacity, size_t * out_n_layers, size_t * out_n_score_layers) {
+    return guarded([&] {
+        need(model, "model");
+        need(tokens, "tokens");
+        need(out_sensitivities, "out_sensitivities");
+        need(out_score_layers, "out_score_layers");
+        need(out_n_layers, "out_n_layers");
+        need(out_n_score_layers, "out_n_score_layers");
+        const auto goes_on = [&](size_t done, size_t all) { return !progress || progress(user, done, all) == 0; };
+        const measured_layers found = measure_layers(*model, std::vector<int32_t>(tokens, tokens + n_tokens), n_threads, goes_on);
+        std::copy_n(found.sensitivities.begin(), std::min(capacity, found.sensitivities.size()), out_sensitivities);
+        std::copy_n(found.score_layers.begin(), std::min(capacity, found.score_layers.size()), out_score_layers);
+        *out_n_layers       = found.sensitivities.size();
+        *out_n_score_layers = found.score_layers.size();
+    });
+}
+
 enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy) {
     return guarded([&] { need(logits, "logits"); need(out_entropy, "out_entropy"); *out_entropy = entropy_of(logits, n).entropy; });
 }

@@ -232,6 +232,16 @@ ASRKF_API enum asrkf_status asrkf_model_fingerprint(const struct llama_model * m
  * many there are. Counted are layers that have a cache and no sliding window. Writes none beyond capacity. */
 ASRKF_API enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32_t * out, size_t capacity, size_t * out_n);
 
+/* One pass of the model over tokens (1,024 are enough, 512 the least; whole 256 are read), with upstream's cache in a context of
+ * its own: how much each layer's history matters. Of the layers that have a cache and no sliding window, in order: what a
+ * layer's output loses, into out_sensitivities; and which layers score best, into out_score_layers, ascending. Neither gets
+ * more than capacity; *out_n_layers and *out_n_score_layers tell how many there are. n_threads: 0 for llama.cpp's default. progress (may
+ * be NULL) is called with what is done and what there is to do, on this thread; not 0 stops (ASRKF_INTERNAL). The same
+ * tokens give the same figures. ASRKF_UNSUPPORTED: this model cannot be calibrated so, and the text says why. */
+typedef int32_t (*asrkf_progress)(void * user, size_t done, size_t all);
+ASRKF_API enum asrkf_status asrkf_calibrate(struct llama_model * model, const int32_t * tokens, size_t n_tokens, int32_t n_threads, asrkf_progress progress, void * user,
+        double * out_sensitivities, uint32_t * out_score_layers, size_t capacity, size_t * out_n_layers, size_t * out_n_score_layers);
+
 /* Shannon entropy in nats of softmax(logits). */
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 /* The same and more of an output row of the last llama_decode(), i as in llama_get_logits_ith(); waits for it. Serves upstream's

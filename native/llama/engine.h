@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 struct llama_context;
 struct llama_model;
@@ -46,6 +48,16 @@ std::string model_fingerprint(const llama_model * model);
 
 // Settings for the next context of this thread; nullptr takes them back.
 void set_next_config(const asrkf_config * config);
+// While it is on, contexts of this thread are not the user's: they get upstream's cache and consume no settings.
+void set_own_context(bool on);
+
+// Sensitivities of a model's layers, measured in one pass over tokens, and who scores best (native/llama/one_pass.h says what is
+// thrown). progress: asrkf.h.
+struct measured_layers {
+    std::vector<double>   sensitivities; // of the layers with a cache and no sliding window, > 0
+    std::vector<uint32_t> score_layers;  // ascending
+};
+measured_layers measure_layers(llama_model & model, const std::vector<int32_t> & tokens, int32_t n_threads, const std::function<bool(size_t, size_t)> & progress);
 
 // Text and status of the last failure on this thread.
 void         set_last_error(const std::string & text, asrkf_status status);

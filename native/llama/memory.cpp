@@ -13,6 +13,7 @@ namespace asrkf {
 namespace {
 
 thread_local std::optional<asrkf_config> next_config;
+thread_local bool own_context = false;
 
 // What the next context is to have; nothing: upstream's cache.
 std::optional<asrkf_config> take_config(bool is_trial) {
@@ -32,6 +33,9 @@ std::optional<asrkf_config> take_config(bool is_trial) {
 
 // llama_memory_factory (patches/memory-factory.patch).
 llama_memory_i * create(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams) {
+    if (own_context) {
+        return nullptr;
+    }
     try {
         if (params.mem_other && dynamic_cast<memory *>(params.mem_other)) {
             unsupported("a draft that shares the cells of its target cannot be used while the target has a policy; use kv_policy=\"full\"");
@@ -219,5 +223,7 @@ void set_next_config(const asrkf_config * config) {
         next_config.reset();
     }
 }
+
+void set_own_context(bool on) { own_context = on; }
 
 } // namespace asrkf

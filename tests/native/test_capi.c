@@ -58,6 +58,7 @@ int main(void) {
     check(asrkf_trace(NULL, NULL, 0) == ASRKF_INVALID_ARGUMENT, "trace of NULL");
     check(asrkf_default_score_layers(30, layers, 2, &n) == ASRKF_OK && n == 4 && layers[0] == 6 && layers[1] == 13 && layers[2] == 0, "layers that score");
     check(asrkf_default_score_layers(0, layers, 4, &n) == ASRKF_INVALID_ARGUMENT, "layers of no model");
+    check(asrkf_calibrate(NULL, NULL, 0, 0, NULL, NULL, NULL, layers, 0, &n, &n) == ASRKF_INVALID_ARGUMENT, "a calibration of no model");
     asrkf_clear_error();
     check(asrkf_last_error()[0] == 0, "a cleared error");
     printf("%d passed, %d failed\n", n_passed, n_failed);
