@@ -128,6 +128,13 @@ def fingerprint(model: Any) -> str:
     return ffi.string(out).decode()
 
 
+def calibration_file(model: Any) -> Path:
+    """Where the engine looks for a loaded model's side file, which need not exist."""
+    out = ffi.new("char[]", 4096)
+    check(lib.asrkf_calibration_file(model_pointer(model), out, 4096))
+    return Path(ffi.string(out).decode())
+
+
 def calibrate(
     model: Any, tokens: Sequence[int], n_threads: int = 0, progress: Optional[Callable[[int, int], None]] = None
 ) -> tuple[list[float], list[int]]:

@@ -1,23 +1,21 @@
-"""`asrkf calibrate`: how much each layer's history matters, and which layers score best; measured once per model.
+"""`asrkf calibrate`: a model's calibration (calibration.py), or with --thorough the reference that it is judged by.
 
-Sensitivity (method.md 2.10): for every layer with a KV cache, the KL divergence of the model's output when only that layer's
+The reference runs the model many times. Sensitivity: for every layer with a KV cache, the KL divergence of the model's output when only that layer's
 history is frozen to a fifth and all other layers keep everything, over a calibration text. Any change of the order of cells
-makes some divergence by rounding; the least sensitive layer shows how much, and that is taken off. The engine splits the
-pool's cells among layer groups by these numbers (native/budgets.h).
-
-Scoring layers: with those budgets and a third of the tokens active, the divergence with one scoring layer in each quarter
-of the depth. Beginning with the engine's default, one quarter after the other takes its best layer.
-
-The side file is JSON and names the model by a fingerprint.
+makes some divergence by rounding; the least sensitive layer shows how much, and that is taken off. Scoring layers: with those
+budgets and a third of the tokens active, the divergence with one scoring layer in each quarter of the depth. Beginning with
+the engine's default, one quarter after the other takes its best layer.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,9 +25,9 @@ from tqdm import tqdm
 
 from . import _native
 from ._compat import quiet
+from .calibration import TEXT_TOKENS, measure, read_tokens, standard_text, write_side_file
 from .divergence import kl_divergence, log_softmax
-from .models import resolve_model, side_files
-from .texts import topics
+from .models import resolve_model
 
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool
@@ -143,7 +141,7 @@ def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, An
     return sorted(set(chosen)), [{"layers": list(layers), "kl": kl} for layers, kl in tried.items()]
 
 
-def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
+def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
     """Measure every layer; returns the side file's content. ValueError if the text is too short, or n_tokens < 1280."""
     if n_tokens < 5 * LEAST_CELLS or n_tokens % LEAST_CELLS:
         raise ValueError(f"tokens={n_tokens}: a multiple of {LEAST_CELLS}, at least {5 * LEAST_CELLS}")
@@ -159,8 +157,6 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
         "format": "asrkf-calibration",
         "version": 2,
         "model": _native.fingerprint(runner.llm.model),
-        "model_file": path.name,
-        "model_file_bytes": path.stat().st_size,
         "sensitivities": without_rounding(measured),
         "measured": measured,
         "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
@@ -174,29 +170,53 @@ def calibrate(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
     parser.add_argument("--text", help="a text file; default: the standard library's pydoc_data.topics")
-    parser.add_argument("--tokens", type=int, default=1280, help="tokens of it for the sensitivities (default 1280)")
-    parser.add_argument("--out", help="the side file (default: beside the model if that can be written, else in the cache folder)")
+    parser.add_argument("--thorough", action="store_true", help="run the model once for each layer and each set of scoring layers: minutes to hours")
+    parser.add_argument("--tokens", type=int, help=f"tokens of the text (default {TEXT_TOKENS}; thorough: 1280, for the sensitivities)")
+    parser.add_argument("--out", help="the side file (default: in the cache folder, where Llama and llama.cpp's programs find it)")
     parser.add_argument("-t", "--threads", type=int, default=None)
     parser.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
 
 
+def calibrate_quickly(path: Path, text: str, n_tokens: int = TEXT_TOKENS, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
+    """The side file's content by one pass; ValueError or KVError says what is against it."""
+    with loaded(path, n_gpu_layers) as model:
+        return measure(model, read_tokens(model, text, n_tokens), threads)
+
+
+def cached_file(path: Path, n_gpu_layers: int) -> Path:
+    with loaded(path, n_gpu_layers) as model:
+        return _native.calibration_file(model)
+
+
+@contextlib.contextmanager
+def loaded(path: Path, n_gpu_layers: int) -> Iterator[Any]:
+    """A model without a context (a llama_model pointer of llama_cpp); ValueError if it cannot be loaded."""
+    parameters = llama_cpp.llama_model_default_params()
+    parameters.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF
+    with quiet():
+        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+    if not model:
+        raise ValueError(f"{path} cannot be loaded as a GGUF model")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
 def main(arguments: argparse.Namespace) -> int:
     path = resolve_model(arguments.model)
-    text = Path(arguments.text).read_text(encoding="utf-8", errors="replace") if arguments.text else topics()
-    content = calibrate(path, text, arguments.tokens, arguments.threads, arguments.n_gpu_layers)
-    written = None
-    for target in [Path(arguments.out)] if arguments.out else side_files(path):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            print(f"asrkf calibrate: {target} cannot be written ({error.strerror})", file=sys.stderr)
-            continue
-        written = target
-        break
-    if written is None:
-        return 1
+    text = Path(arguments.text).read_text(encoding="utf-8", errors="replace") if arguments.text else standard_text()
+    method = calibrate_thoroughly if arguments.thorough else calibrate_quickly
+    tokens = {} if arguments.tokens is None else {"n_tokens": arguments.tokens}
+    content = {
+        **method(path, text, threads=arguments.threads, n_gpu_layers=arguments.n_gpu_layers, **tokens),
+        "model_file": path.name,
+        "model_file_bytes": path.stat().st_size,
+    }
+    target = Path(arguments.out) if arguments.out else cached_file(path, 0)
+    write_side_file(target, content)
     ranked = sorted(range(len(content["sensitivities"])), key=lambda i: -content["sensitivities"][i])
     print(f"most sensitive layers: {', '.join(str(i) for i in ranked[:8])}; scoring: {', '.join(map(str, content['score_layers']))}")
-    print(f"{written} written in {content['seconds']} s; Llama finds it there, programs take calibration={written} in LLAMA_KV_POLICY")
+    how = f"programs take calibration={target} in LLAMA_KV_POLICY" if arguments.out else "Llama and llama.cpp's programs find it there"
+    print(f"{target} written in {content['seconds']} s; {how}")
     return 0

@@ -18,13 +18,15 @@ import numpy as np
 from . import _native
 from ._compat import LlamaBase
 from ._native import KVError, KVStatus, last_status
+from .calibration import calibrating
 from .config import FreezeConfig, PoolSize
 from .models import find_side_file
 from .stats import KVStats, OutputEntropy, read_output_entropy, read_stats
 
 
 def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
-    """The configuration with the model's side file (asrkf calibrate), if there is one and tokens are scored by attention."""
+    """The configuration with the side file that lies beside the model or in the package, if there is one and tokens are scored by
+    attention. (The cache folder is the engine's to look into: programs have no Python.)"""
     if config.policy == "full" or config.calibration is not None or config.resolved()["score"] != "attention":
         return config
     found = find_side_file(Path(model_path))
@@ -43,6 +45,8 @@ class Llama(LlamaBase):
     kv_regenerate: with recovery=full, how many of the newest tokens a full reset in the middle of an answer takes back and
         samples anew, now that what was frozen is there (the paper's rewalk regeneration). So many are held back from the
         caller. None: 8 for answers that are returned whole, 0 where the caller sees tokens as they come (stream, generate()).
+    calibrate: if the policy scores by attention and the model has no calibration yet, measure one now and keep it in the cache
+        folder: seconds for a small model, once. False: without one, budgets and scoring layers are a guess by depth.
 
     Raises ValueError, with the number that would work, if model, pool or policy do not fit together; KVError when a
     running cache refuses a step (host_limit reached, context full). The object then still holds all it had decoded.
@@ -55,12 +59,14 @@ class Llama(LlamaBase):
         kv_policy: Union[str, FreezeConfig, None] = None,
         kv_pool: Optional[PoolSize] = None,
         kv_regenerate: Optional[int] = None,
+        calibrate: bool = True,
         flash_attn: bool = True,
         **kwargs: Any,
     ) -> None:
         if kv_regenerate is not None and kv_regenerate < 0:
             raise ValueError(f"kv_regenerate={kv_regenerate}: 0 (never) or more tokens")
         self._kv_regenerate = kv_regenerate
+        self._calibrate = calibrate
         self._answers_whole = False
         self._looks_up_cache = False
         self._sampled_before: list[int] = []
@@ -84,7 +90,8 @@ class Llama(LlamaBase):
         _native.lib.asrkf_clear_error()
         _native.check(_native.lib.asrkf_next_context(settings))
         try:
-            super().__init__(model_path, flash_attn=flash_attn, **kwargs)
+            with calibrating(kwargs.get("n_threads_batch")) if calibrate else contextlib.nullcontext():
+                super().__init__(model_path, flash_attn=flash_attn, **kwargs)
         except ValueError as error:
             reason = _native.last_error()
             if reason:
@@ -102,7 +109,8 @@ class Llama(LlamaBase):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle is made from again: llama_cpp.Llama's arguments and ours."""
         flash_attn = self.context_params.flash_attn_type != llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        return {**super().__getstate__(), "flash_attn": flash_attn, "kv_policy": self._kv_policy, "kv_regenerate": self._kv_regenerate}
+        ours = {"kv_policy": self._kv_policy, "kv_regenerate": self._kv_regenerate, "calibrate": self._calibrate}
+        return {**super().__getstate__(), "flash_attn": flash_attn, **ours}
 
     # decoding
 

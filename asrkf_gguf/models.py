@@ -90,19 +90,18 @@ def resolve_model(name: str) -> Path:
     return path
 
 
-def side_files(model_path: Path) -> list[Path]:
-    """Where a model's calibration may be written, best first: beside the model, or in the cache folder."""
-    name = model_path.name.removesuffix(".gguf") + ".asrkf.json"
-    return [model_path.with_name(name), cache_folder() / "calibrations" / name]
+def side_file_name(model_path: Path) -> str:
+    return model_path.name.removesuffix(".gguf") + ".asrkf.json"
 
 
 def find_side_file(model_path: Path) -> Optional[Path]:
-    """The calibration of a model, from where side_files() says or from those that come with the package; None without one.
+    """The calibration that lies beside a model, or comes with the package; None without one. (The one in the cache folder is found
+    by the engine, by the model's fingerprint.)
 
     A file of that name that was made for a GGUF of another size is passed over with a warning.
     """
-    places = side_files(model_path)
-    for path in [*places, _native.PACKAGE / "calibrations" / places[0].name]:
+    name = side_file_name(model_path)
+    for path in [model_path.with_name(name), _native.PACKAGE / "calibrations" / name]:
         if not path.is_file() or "," in str(path):
             continue
         try:

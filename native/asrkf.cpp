@@ -188,6 +188,31 @@ enum asrkf_status asrkf_calibrate(struct llama_model * model, const int32_t * to
     });
 }
 
+enum asrkf_status asrkf_calibration_file(const struct llama_model * model, char * out, size_t size) {
+    return guarded([&] {
+        need(model, "model");
+        need(out, "out");
+        const std::string file = model_calibration_file(model);
+        if (file.size() >= size) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("%zu bytes are needed for the path, %zu are there", file.size() + 1, size));
+        }
+        std::memcpy(out, file.c_str(), file.size() + 1);
+    });
+}
+
+enum asrkf_status asrkf_next_calibrator(asrkf_calibrator next, void * user) {
+    return guarded([&] {
+        set_next_calibrator(!next ? calibrator() : [next, user](llama_model & model) {
+            char file[sizeof(asrkf_config::calibration)] = "";
+            const int32_t answer = next(user, &model, file, sizeof(file));
+            if (answer == 2) {
+                throw error(ASRKF_INTERNAL, "the calibration was stopped");
+            }
+            return std::string(answer == 0 ? file : "");
+        });
+    });
+}
+
 enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy) {
     return guarded([&] { need(logits, "logits"); need(out_entropy, "out_entropy"); *out_entropy = entropy_of(logits, n).entropy; });
 }

@@ -7,6 +7,7 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from asrkf_gguf.models import cache_folder, fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 RPC_ENDPOINT = os.environ.get("ASRKF_TEST_RPC")  # set by tests/test_rpc.py for the runs it starts
+os.environ["ASRKF_CALIBRATIONS"] = tempfile.mkdtemp(prefix="asrkf-calibrations-")  # not the user's, here and in child processes
 UPSTREAM_LIBRARIES = ROOT / "build-upstream" / "bin"
 
 
@@ -83,7 +85,7 @@ def load():
         register_rpc_device()
 
     def make(path: str, **kwargs):
-        options = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, "seed": 1}
+        options = {"n_ctx": 2048, "n_threads": 2, "n_threads_batch": 2, "verbose": False, "seed": 1, "calibrate": False}
         if RPC_ENDPOINT:
             options["n_gpu_layers"] = -1
         llm = asrkf_gguf.Llama(path, **{**options, **kwargs})

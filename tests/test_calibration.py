@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import llama_cpp
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from calibration_oracle import Model
 from make_models import write_tiny
+from test_architectures import ARCHITECTURES
 from test_windowed import tokens, write_gemma3
 
-from asrkf_gguf import _native
+from asrkf_gguf import _native, calibration
 
 
 def write_quantised(path: Path) -> None:
@@ -40,3 +42,137 @@ def test_a_layers_loss_is_what_numpy_computes_from_the_weights(load, tmp_path, n
     found, scoring = _native.calibrate(load(str(path), kv_policy="full", n_ctx=256).model, text, 2)
     np.testing.assert_allclose(found, list(expected.values()), rtol=tolerance)
     assert scoring and set(scoring) <= set(expected) and scoring == sorted(scoring)
+
+
+@pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name != "command-r"])
+def test_the_pass_finds_its_way_through_the_graph_of(load, tmp_path, arch):
+    write_tiny(tmp_path / "model.gguf", arch=arch, **ARCHITECTURES[arch])
+    sensitivities, scoring = _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 2)
+    assert len(sensitivities) == 2 and all(1e-8 < value < 10 for value in sensitivities), sensitivities
+    assert scoring == [0, 1]
+
+
+def test_a_graph_that_uses_a_layers_input_before_its_attention_is_refused(load, tmp_path):
+    write_tiny(tmp_path / "model.gguf", arch="command-r", **ARCHITECTURES["command-r"])
+    with pytest.raises(_native.KVError, match="no attention that is added to the layer's input"):
+        _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 2)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where calibrations are kept in this test. The tiny model has no tokenizer, but a vocabulary of 256."""
+    monkeypatch.setenv("ASRKF_CALIBRATIONS", str(tmp_path / "calibrations"))
+    monkeypatch.setattr(calibration, "read_tokens", lambda model, text, n_tokens: list(text[:n_tokens].encode()))
+    return tmp_path / "calibrations"
+
+
+OPTIONS = {"kv_policy": "asrkf", "kv_pool": 512, "calibrate": True}
+
+
+def test_the_first_time_a_model_is_opened_it_is_calibrated_and_then_its_file_is_found(load, tiny, folder, capfd):
+    llm = load(tiny, **OPTIONS)
+    (file,) = folder.iterdir()
+    assert f"calibrating this model, once: {file}" in capfd.readouterr().err
+    assert llm.kv_config().calibration == str(file) == str(_native.calibration_file(llm.model))
+    made = json.loads(file.read_text())
+    assert made["model"] == _native.fingerprint(llm.model) and len(made["sensitivities"]) == 2 and made["score_layers"] == [0, 1]
+    assert load(tiny, **OPTIONS).kv_config().calibration == str(file)
+    assert load(tiny, **{**OPTIONS, "calibrate": False}).kv_config().calibration == str(file)  # it only makes none
+    assert "calibrating" not in capfd.readouterr().err
+    one_thread = calibration.measure(llm.model, list(calibration.standard_text()[:1024].encode()), 1)
+    assert one_thread["sensitivities"] == pytest.approx(made["sensitivities"], rel=1e-3)
+    again = [_native.calibrate(llm.model, tokens(768), 2) for _ in range(2)]
+    assert again[0] == again[1]
+
+
+def test_programs_use_the_file_in_the_cache_folder(load, tiny, folder, monkeypatch):
+    load(tiny, **OPTIONS)
+    monkeypatch.setenv("LLAMA_KV_POLICY", "asrkf,pool=512")
+    program = llama_cpp.Llama(tiny, n_ctx=2048, flash_attn=True, verbose=False)
+    config = _native.struct("asrkf_config")
+    _native.check(_native.lib.asrkf_get_config(_native.context_pointer(program.ctx), config))
+    assert Path(_native.ffi.string(config.calibration).decode()).parent == folder
+    program.close()
+
+
+@pytest.mark.parametrize("other", [{"calibrate": False}, {"kv_policy": "asrkf,calibration=off"}, {"kv_policy": "random"}, {"kv_pool": 1.0}])
+def test_nothing_is_calibrated_where_that_is_off_or_of_no_use(load, tiny, folder, other):
+    load(tiny, **{**OPTIONS, **other})
+    assert not folder.exists()
+
+
+def by_depth(load, tiny, **options):
+    """A model that opens without a calibration, and the warning about it."""
+    with pytest.warns(UserWarning) as said:
+        llm = load(tiny, **{**OPTIONS, **options})
+    assert llm.kv_config().calibration == "off"
+    llm.eval(tokens(1200))
+    assert llm.kv_stats().frozen_cells > 0
+    assert len(said) == 1 and "a guess by depth" in str(said[0].message)
+    return str(said[0].message)
+
+
+def test_a_model_whose_context_is_too_short_is_served_by_depth(load, tmp_path, folder):
+    write_tiny(tmp_path / "short.gguf", n_ctx=512)
+    assert "trained on 512 tokens" in by_depth(load, str(tmp_path / "short.gguf"))
+
+
+def test_without_a_tokenizer_a_model_is_served_by_depth(load, tiny):
+    assert "no tokenizer" in by_depth(load, tiny)
+
+
+def test_a_text_that_is_too_short_is_refused_and_the_model_served_by_depth(load, tiny, folder, monkeypatch):
+    monkeypatch.setattr(calibration, "standard_text", lambda: "short" * 20)
+    assert "a text of 100 tokens is too short" in by_depth(load, tiny)
+
+
+def test_without_memory_for_the_pass_a_model_is_served_by_depth(load, tiny, folder, monkeypatch):
+    def calibrate(*_):
+        raise _native.KVError("no memory for the attention of the calibration", 8)
+
+    monkeypatch.setattr(_native, "calibrate", calibrate)
+    assert "no memory" in by_depth(load, tiny)
+
+
+def test_a_damaged_or_foreign_file_in_the_cache_folder_refuses_no_context_and_is_made_anew(load, tiny, folder):
+    file = Path(load(tiny, **OPTIONS).kv_config().calibration)
+    good = json.loads(file.read_text())
+    for bad in ("{", json.dumps({**good, "model": "llama-0"}), json.dumps({**good, "sensitivities": [1, -1]})):
+        file.write_text(bad)
+        assert load(tiny, **{**OPTIONS, "calibrate": False}).kv_config().calibration == "off"
+        assert file.read_text() == bad
+        assert load(tiny, **OPTIONS).kv_config().calibration == str(file)
+        assert json.loads(file.read_text())["sensitivities"] == good["sensitivities"]
+
+
+def test_a_damaged_or_foreign_file_that_is_named_is_refused_with_the_reason(load, tiny, folder, tmp_path):
+    good = json.loads(Path(load(tiny, **OPTIONS).kv_config().calibration).read_text())
+    for bad, reason in (({**good, "model": "llama-0"}, "made for another model"), ({**good, "sensitivities": [1, -1]}, "is not positive")):
+        (tmp_path / "bad.json").write_text(json.dumps(bad))
+        with pytest.raises(ValueError, match=reason):
+            load(tiny, kv_policy=f"asrkf,calibration={tmp_path / 'bad.json'}", kv_pool=512)
+
+
+def test_a_cache_folder_that_cannot_be_written_costs_the_file_but_not_the_calibration(load, tiny, folder, monkeypatch):
+    folder.write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        llm = load(tiny, **OPTIONS)
+    assert llm.kv_config().calibration not in (None, "off")
+    assert not Path(llm.kv_config().calibration).exists()
+
+
+def test_an_interrupted_calibration_leaves_nothing_half_written(load, tiny, folder, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.tqdm, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load(tiny, **OPTIONS)
+        assert not folder.exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(calibration.os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            load(tiny, **OPTIONS)
+        assert not list(folder.iterdir())
+    assert load(tiny, **OPTIONS).kv_config().calibration

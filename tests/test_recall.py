@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from kv import check_states, greedy, last_logits, tokens_of
 
 from asrkf_gguf import FreezeConfig, KVError, calibrate
-from asrkf_gguf.models import find_side_file, side_files
+from asrkf_gguf.models import find_side_file
 
 
 def test_the_index_is_small_constant_and_part_of_a_bound_in_bytes(load, smollm2, text):
@@ -170,26 +171,36 @@ def test_the_packages_own_calibration_is_found(load, smollm2):
 def bytes_as_tokens(monkeypatch):
     """The tiny model has no tokenizer, but a vocabulary of 256."""
     monkeypatch.setattr(llama_cpp.Llama, "tokenize", lambda self, text, **_: list(text))
+    monkeypatch.setattr(calibrate, "read_tokens", lambda model, text, n_tokens: list(text[:n_tokens].encode()))
 
 
-def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, smollm2, tiny, text, tmp_path, monkeypatch, bytes_as_tokens):
+def calibrate_arguments(tmp_path, text, **other):
+    source = tmp_path / "text.txt"
+    source.write_text(text[:30000])
+    arguments = {"text": str(source), "tokens": None, "threads": 2, "n_gpu_layers": 0, "out": None, "thorough": False}
+    return argparse.Namespace(**{**arguments, **other})
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, smollm2, tiny, text, tmp_path, monkeypatch, bytes_as_tokens, thorough):
     model = tmp_path / "model.gguf"
     model.write_bytes(Path(tiny).read_bytes())
     assert find_side_file(model) is None
     monkeypatch.setattr(calibrate, "resolve_model", Path)
-    source = tmp_path / "text.txt"
-    source.write_text(text[:30000])
-    arguments = type("Arguments", (), {"model": str(model), "text": str(source), "tokens": 1280, "threads": 2, "n_gpu_layers": 0, "out": None})
-    assert calibrate.main(arguments) == 0
-    path = side_files(model)[0]
+    monkeypatch.setenv("ASRKF_CALIBRATIONS", str(tmp_path / "calibrations"))
+    assert calibrate.main(calibrate_arguments(tmp_path, text, model=str(model), thorough=thorough)) == 0
+    (path,) = (tmp_path / "calibrations").iterdir()
     content = json.loads(path.read_text())
     assert len(content["sensitivities"]) == 2 and all(value > 0 for value in content["sensitivities"])
-    assert content["score_layers"] == [0, 1] and content["score_layers_tried"]
-    assert find_side_file(model) == path
+    assert content["score_layers"] == [0, 1] and ("score_layers_tried" in content) == thorough
     assert load(str(model), kv_policy="asrkf", kv_pool=1024).kv_config().calibration == str(path)
     with pytest.raises(ValueError, match="made for another model"):
         load(smollm2, kv_policy=f"asrkf,calibration={path}", kv_pool=512)
-    path.write_text("{}")
+    beside = model.with_name("model.asrkf.json")
+    path.rename(beside)
+    assert find_side_file(model) == beside
+    assert load(str(model), kv_policy="asrkf", kv_pool=1024).kv_config().calibration == str(beside)
+    beside.write_text("{}")
     with pytest.raises(ValueError, match="not a file of asrkf calibrate"):
         load(str(model), kv_policy="asrkf", kv_pool=1024)
 
@@ -213,9 +224,9 @@ def test_the_search_for_scoring_layers_takes_the_best_of_each_quarter(monkeypatc
 
 def test_a_short_calibration_text_is_refused(tiny, bytes_as_tokens):
     with pytest.raises(ValueError, match="give a longer --text"):
-        calibrate.calibrate(Path(tiny), "too short", threads=2, n_gpu_layers=0)
+        calibrate.calibrate_thoroughly(Path(tiny), "too short", threads=2, n_gpu_layers=0)
     with pytest.raises(ValueError, match="multiple of 256"):
-        calibrate.calibrate(Path(tiny), "too short", n_tokens=100)
+        calibrate.calibrate_thoroughly(Path(tiny), "too short", n_tokens=100)
 
 
 RESETS = "asrkf,recovery=full,trigger=random,trigger_share=0.5,interval=1"

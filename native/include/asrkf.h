@@ -242,6 +242,15 @@ typedef int32_t (*asrkf_progress)(void * user, size_t done, size_t all);
 ASRKF_API enum asrkf_status asrkf_calibrate(struct llama_model * model, const int32_t * tokens, size_t n_tokens, int32_t n_threads, asrkf_progress progress, void * user,
         double * out_sensitivities, uint32_t * out_score_layers, size_t capacity, size_t * out_n_layers, size_t * out_n_score_layers);
 
+/* Where the side file of this model is looked for when the settings name none; size includes the final NUL. */
+ASRKF_API enum asrkf_status asrkf_calibration_file(const struct llama_model * model, char * out, size_t size);
+
+/* What makes a side file when a context of this thread needs one and has none: asked while the context is created, it writes the
+ * file's name to out and returns 0; 1: there is none, and budgets are a guess by depth; 2: the context is refused. NULL takes
+ * it back. */
+typedef int32_t (*asrkf_calibrator)(void * user, struct llama_model * model, char * out, size_t size);
+ASRKF_API enum asrkf_status asrkf_next_calibrator(asrkf_calibrator calibrator, void * user);
+
 /* Shannon entropy in nats of softmax(logits). */
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 /* The same and more of an output row of the last llama_decode(), i as in llama_get_logits_ith(); waits for it. Serves upstream's

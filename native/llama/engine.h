@@ -59,6 +59,14 @@ struct measured_layers {
 };
 measured_layers measure_layers(llama_model & model, const std::vector<int32_t> & tokens, int32_t n_threads, const std::function<bool(size_t, size_t)> & progress);
 
+// Makes a side file for a model that has none, and names it; "": there is none to be had. Of the contexts of this thread; null takes it
+// back. It may throw, and then the context is refused.
+using calibrator = std::function<std::string(llama_model &)>;
+void set_next_calibrator(const calibrator & next);
+
+// Where the engine looks for the side file of this model.
+std::string model_calibration_file(const llama_model * model);
+
 // Text and status of the last failure on this thread.
 void         set_last_error(const std::string & text, asrkf_status status);
 const char * get_last_error();

@@ -31,7 +31,7 @@ std::vector<layer_budget> budgets_of(const settings & config, const llama_memory
     for (const uint32_t il : layers) {
         budgets.push_back({ il, 0, ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)) });
     }
-    if (!*config.calibration) {
+    if (!*config.calibration || std::strcmp(config.calibration, "off") == 0) {
         for (size_t i = 0; i < layers.size(); ++i) {
             budgets[i].sensitivity = prior_sensitivity(layers.size() > 1 ? double(i) / double(layers.size() - 1) : 0);
         }

@@ -1,11 +1,13 @@
 #include "llama/memory.h"
 
 #include "llama/creation.h"
+#include "llama/find_calibration.h"
 #include "llama/refusal.h"
 
 #include "llama-context.h"
 #include "llama-ext.h"
 
+#include <cstdio>
 #include <optional>
 
 namespace asrkf {
@@ -43,11 +45,12 @@ llama_memory_i * create(const llama_model & model, const llama_memory_params & p
         if (params.ctx_type != LLAMA_CONTEXT_TYPE_DEFAULT) {
             return nullptr; // not the user's context: the head of a draft
         }
-        const std::optional<asrkf_config> config = take_config(model.hparams.no_alloc);
+        std::optional<asrkf_config> config = take_config(model.hparams.no_alloc);
         if (!config) {
             return nullptr;
         }
         check_context(model, params, cparams);
+        std::snprintf(config->calibration, sizeof(config->calibration), "%s", found_calibration(model, cparams, *config).c_str());
         return new memory(model, params, cparams, *config);
     } catch (const std::exception & e) {
         const auto * known = dynamic_cast<const error *>(&e);
@@ -194,6 +197,8 @@ void memory::get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32
 //
 
 std::string model_fingerprint(const llama_model * model) { return fingerprint(*model); }
+
+std::string model_calibration_file(const llama_model * model) { return calibration_file(fingerprint(*model)); }
 
 engine * engine_of(llama_context * ctx) { return dynamic_cast<memory *>(llama_get_memory(ctx)); }
 

@@ -32,7 +32,7 @@ const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
 const field table[] = {
     { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index (512MiB); required" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
-    { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities; without it a prior by depth" },
+    { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities, or \"off\" for a guess by depth; without it the model's own from the cache folder" },
     { "sinks", INTEGER, AT(sinks), "", 0, 4096, "first positions that are never frozen" },
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
