@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import sys
 import tempfile
 import time
@@ -191,6 +192,7 @@ def cached_file(path: Path, n_gpu_layers: int) -> Path:
 @contextlib.contextmanager
 def loaded(path: Path, n_gpu_layers: int) -> Iterator[Any]:
     """A model without a context (a llama_model pointer of llama_cpp); ValueError if it cannot be loaded."""
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # llama.cpp's log, as with verbose=False
     parameters = llama_cpp.llama_model_default_params()
     parameters.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF
     with quiet():

@@ -29,7 +29,7 @@ class FreezeConfig:
     """"shared": one set of active tokens; "two" or "each": layer groups, with budgets by sensitivity; or groups with a pool
     each, "0-8@512/9-29@1024"."""
     calibration: Optional[str] = None
-    """File of `asrkf calibrate` with the layers' sensitivities; without it a prior by depth. `Llama` finds its model's."""
+    """File of `asrkf calibrate` with the layers' sensitivities, or "off" for a guess by depth. None: the model's own, found or made."""
     sinks: Optional[int] = None
     """First positions that are never frozen."""
     window: Optional[int] = None
