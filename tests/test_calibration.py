@@ -14,6 +14,7 @@ from test_architectures import ARCHITECTURES
 from test_windowed import tokens, write_gemma3
 
 from asrkf_gguf import _native, calibration
+from asrkf_gguf.models import find_side_file
 
 
 def write_quantised(path: Path) -> None:
@@ -39,15 +40,26 @@ def test_a_layers_loss_is_what_numpy_computes_from_the_weights(load, tmp_path, n
     write(path)
     text = tokens(768)
     expected = Model(path).losses(text)
-    found, scoring = _native.calibrate(load(str(path), kv_policy="full", n_ctx=256).model, text, 2)
+    found, scoring = _native.calibrate(load(str(path), kv_policy="full", n_ctx=256).model, text, 1)
     np.testing.assert_allclose(found, list(expected.values()), rtol=tolerance)
     assert scoring and set(scoring) <= set(expected) and scoring == sorted(scoring)
+
+
+def test_on_a_real_model_the_pass_ranks_the_layers_as_the_measured_divergences_do(load, smollm2):
+    """The package's calibration of SmolLM2 is the reference: it ran the model once for each layer."""
+    reference = json.loads(find_side_file(Path(smollm2)).read_text())["measured"]
+    llm = load(smollm2, kv_policy="full", n_ctx=256)
+    found, scoring = _native.calibrate(llm.model, calibration.read_tokens(llm.model, calibration.standard_text(), 1024), 1)
+    ranks = [np.argsort(np.argsort(values)) for values in (found, reference)]
+    assert np.corrcoef(ranks)[0, 1] > 0.85
+    assert len(set(np.argsort(found)[-9:]) & set(np.argsort(reference)[-9:])) >= 7
+    assert [layer * 4 // 30 for layer in scoring] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name != "command-r"])
 def test_the_pass_finds_its_way_through_the_graph_of(load, tmp_path, arch):
     write_tiny(tmp_path / "model.gguf", arch=arch, **ARCHITECTURES[arch])
-    sensitivities, scoring = _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 2)
+    sensitivities, scoring = _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 1)
     assert len(sensitivities) == 2 and all(1e-8 < value < 10 for value in sensitivities), sensitivities
     assert scoring == [0, 1]
 
@@ -55,7 +67,7 @@ def test_the_pass_finds_its_way_through_the_graph_of(load, tmp_path, arch):
 def test_a_graph_that_uses_a_layers_input_before_its_attention_is_refused(load, tmp_path):
     write_tiny(tmp_path / "model.gguf", arch="command-r", **ARCHITECTURES["command-r"])
     with pytest.raises(_native.KVError, match="no attention that is added to the layer's input"):
-        _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 2)
+        _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 1)
 
 
 @pytest.fixture
@@ -66,7 +78,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "calibrations"
 
 
-OPTIONS = {"kv_policy": "asrkf", "kv_pool": 512, "calibrate": True}
+OPTIONS = {"kv_policy": "asrkf", "kv_pool": 512, "calibrate": True, "n_threads_batch": 1}
 
 
 def test_the_first_time_a_model_is_opened_it_is_calibrated_and_then_its_file_is_found(load, tiny, folder, capfd):
@@ -81,7 +93,7 @@ def test_the_first_time_a_model_is_opened_it_is_calibrated_and_then_its_file_is_
     assert "calibrating" not in capfd.readouterr().err
     one_thread = calibration.measure(llm.model, list(calibration.standard_text()[:1024].encode()), 1)
     assert one_thread["sensitivities"] == pytest.approx(made["sensitivities"], rel=1e-3)
-    again = [_native.calibrate(llm.model, tokens(768), 2) for _ in range(2)]
+    again = [_native.calibrate(llm.model, tokens(768), 1) for _ in range(2)]
     assert again[0] == again[1]
 
 

@@ -226,6 +226,7 @@ void pass::read(const std::vector<int32_t> & tokens, int32_t n_threads) {
     params.n_ctx = uint32_t(n_tokens);
     params.n_batch = params.n_ubatch = STEP_TOKENS;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.swa_full = false;
     params.cb_eval = on_node;
     params.cb_eval_user_data = this;
     if (n_threads > 0) {

@@ -2,6 +2,7 @@
 #include "check.h"
 
 #include "policy/budgets.h"
+#include "policy/kept_attention.h"
 #include "llama/calibration.h"
 
 #include <algorithm>
@@ -129,6 +130,42 @@ TEST(shares, "shares of a pool are max-min fair: the modest get what they want, 
         }
         CHECK(sum == 1024);
     }
+}
+
+// Of n_chunks chunks of 8 queries: all attention on tokens whose number leaves this rest when divided by 10.
+chunk_attention attention_on(size_t n_chunks, uint32_t rest) {
+    chunk_attention made;
+    for (size_t chunk = 0; chunk < n_chunks; ++chunk) {
+        std::vector<float> row(8*(chunk + 1), 0);
+        for (size_t i = rest; i < row.size(); i += 10) {
+            row[i] = 10.0f / float(row.size());
+        }
+        made.push_back(row);
+    }
+    return made;
+}
+
+TEST(kept, "of a history stay the sinks, a window of half of what is kept, and the tokens that the queries before attended to") {
+    const chunk_attention attention = attention_on(60, 7);
+    const std::vector<float> kept = kept_tokens({ &attention }, 50, 8, 0.2f);
+    CHECK(kept.size() == 408); // 400 before the chunk, and its own
+    CHECK(std::count(kept.begin(), kept.begin() + 400, 1.0f) == 80 && std::count(kept.begin(), kept.end(), 0.0f) == 320);
+    CHECK(std::count(kept.begin(), kept.begin() + 4, 1.0f) == 4 && std::count(kept.begin() + 360, kept.end(), 1.0f) == 48);
+    for (size_t i = 7; i < 360; i += 10) {
+        CHECK(kept[i] == 1.0f); // 36 of them, as many as there is room for
+    }
+    const std::vector<double> lost = lost_attention({ attention, attention_on(60, 3) }, { 0 }, 32, 8, 0.2f);
+    CHECK(lost[0] < 0.05 && lost[1] > 0.7); // the other layer looks elsewhere
+}
+
+TEST(best_scorers, "a quarter of the depth is scored by the layer whose ranking serves the sensitive layers best") {
+    std::vector<chunk_attention> layers(8, attention_on(60, 3));
+    layers[0] = layers[6] = attention_on(60, 7);
+    std::vector<double> losses(8, 1e-4);
+    losses[6] = 1;
+    const std::vector<uint32_t> chosen = best_scoring_layers(layers, losses, 32, 8);
+    CHECK(chosen.size() == 4 && chosen[0] == 0 && chosen[3] == 6);
+    CHECK((best_scoring_layers({ layers[0] }, { 1 }, 32, 8) == std::vector<uint32_t>{ 0 }));
 }
 
 int main() { return run_all_tests(); }
