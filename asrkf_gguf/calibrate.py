@@ -218,7 +218,8 @@ def main(arguments: argparse.Namespace) -> int:
     target = Path(arguments.out) if arguments.out else cached_file(path, 0)
     write_side_file(target, content)
     ranked = sorted(range(len(content["sensitivities"])), key=lambda i: -content["sensitivities"][i])
-    print(f"most sensitive of the layers that see everything, counted from 0: {', '.join(str(i) for i in ranked[:8])}; scoring: {', '.join(map(str, content['score_layers']))}")
+    most, scoring = (", ".join(map(str, layers)) for layers in (ranked[:8], content["score_layers"]))
+    print(f"most sensitive of the layers that see everything, counted from 0: {most}; scoring: {scoring}")
     how = f"programs take calibration={target} in LLAMA_KV_POLICY" if arguments.out else "Llama and llama.cpp's programs find it there"
     print(f"{target} written in {content['seconds']} s; {how}")
     return 0
