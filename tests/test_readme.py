@@ -7,6 +7,7 @@ import ast
 import csv
 import dataclasses
 import hashlib
+import itertools
 import re
 import subprocess
 import sys
@@ -129,13 +130,22 @@ def test_the_picture_has_each_side_once_in_a_colour_of_its_own_with_its_error():
     assert len(set.union(*colours.values())) == len(colours) > 10
 
 
-@pytest.mark.parametrize("name", ["quality.csv", "needles.csv"])
+@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv"])
 def test_every_row_of_quality_names_commit_machine_model_command_and_config(name):
     rows = rows_of(name)
     assert rows
     for row in rows:
         assert all(row[key] for key in ("commit", "machine", "model", "command", "config", "side", "device_bytes")), row
         assert "+changes" not in row["commit"] and "/" not in row["config"]
+
+
+def test_the_table_of_calibrations_shows_the_committed_rows():
+    lines = (ROOT / "docs/results.md").read_text().splitlines()
+    begin = lines.index("| text | one pass | measured KLs | prior |")
+    kl = {(row["text"], row["side"]): f"{float(row['kl_mean']):.4f}".lstrip("0") for row in rows_of("calibration.csv")}
+    for line in itertools.takewhile(str.strip, lines[begin + 2 :]):
+        text, *shown = line.strip("| ").split(" | ")
+        assert shown == [kl[text, side] for side in ("one pass", "measured KLs", "prior")]
 
 
 def test_every_row_names_commit_machine_model_command_and_config():
