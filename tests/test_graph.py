@@ -41,13 +41,13 @@ def test_a_pool_that_fills_rebuilds_the_graph_as_upstream_does(load, smollm2, te
     tokens = tokens_of(llm, text, 900)
     for token in tokens:
         llm.eval([token])
-    assert llm.kv_stats().frozen_cells == 900 - 768
+    assert llm.kv_stats().frozen_cells >= 900 - 768  # and room for the tokens to come
     assert reused_graphs(llm) == 900 - 3
 
 
 @pytest.mark.parametrize("n", range(2, 9))
 def test_drafts_use_the_graph_of_their_length_again(load, smollm2, text, n):
-    llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
+    llm = load(smollm2, kv_policy="asrkf,rewalk_tokens=0", kv_pool=512)  # several tokens with one output would be a prompt
     tokens = tokens_of(llm, text, 700 + 20 * n)
     llm.eval(tokens[:700])
     llama_cpp.llama_perf_context_reset(llm.ctx)
@@ -56,8 +56,8 @@ def test_drafts_use_the_graph_of_their_length_again(load, smollm2, text, n):
     assert reused_graphs(llm) == 19
 
 
-def splits_of(load, model: str, policy: str, **options) -> list[int]:
-    """Pieces of the graphs that are reserved: of a long step, and of one token, if they differ."""
+def splits_of(load, model: str, policy: str, **options) -> tuple[int, int]:
+    """Pieces of the graphs that are reserved: of a long step, and of one token."""
     log: list[str] = []
     callback = llama_cpp.llama_log_callback(lambda level, line, _: log.append(line.decode()))
     llama_cpp.llama_log_set(callback, None)
@@ -67,7 +67,8 @@ def splits_of(load, model: str, policy: str, **options) -> list[int]:
         llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
     found = re.findall(r"splits = (\d+)(?: / (\d+))?", "".join(log))
     assert found, "llama.cpp does not log the pieces of its graphs"
-    return [int(part) for part in found[-1] if part]
+    long, short = found[-1]
+    return int(long), int(short or long)
 
 
 @pytest.mark.parametrize("type_kv", [1, 8])
