@@ -9,8 +9,10 @@
 
 #include "ggml-cpp.h"
 
+#include <algorithm>
 #include <array>
 #include <map>
+#include <numeric>
 
 using namespace asrkf;
 
@@ -67,13 +69,15 @@ struct on_cpu {
     static std::vector<scoring_layer> layers_of(const relevance_case & c) {
         return std::vector<scoring_layer>(c.n_layers, { 0, c.head, c.n_head, c.n_head_kv, ggml_backend_cpu_buffer_type() });
     }
+    // Means, peaks, and what each head misses.
     std::vector<float> run(const relevance_data & d) {
         const scoring_shape shape = { d.c.n_rows, d.c.n_queries, d.c.prompt_end, d.c.n_sequences > 1 };
         scoring_graphs graphs(kept, { shape }, false);
         graphs.attach({ backend.get() });
         graphs.prepare(shape);
-        std::vector<float> out(2*size_t(d.c.n_rows), -7);
-        CHECK(graphs.run(shape, d.scoring, d.mask, out.data()));
+        const size_t n_scores = 2*size_t(d.c.n_rows);
+        std::vector<float> out(n_scores + (d.c.magnitude ? 0 : kept.n_heads()), -7);
+        CHECK(graphs.run({ d.scoring, d.mask, d.frozen }, out.data(), out.data() + n_scores));
         ggml_backend_synchronize(backend.get());
         return out;
     }
@@ -111,8 +115,14 @@ TEST(portable, "the portable graph gives what plain loops give for the same case
         const relevance_data d(c);
         const relevance_result expected = expected_of(d);
         const std::vector<float> found = on_cpu(d).run(d);
-        const auto half = found.begin() + std::ptrdiff_t(c.n_rows);
-        const double worst = std::max(difference(expected.mean, { found.begin(), half }), difference(expected.peak, { half, found.end() }));
+        const auto half = found.begin() + std::ptrdiff_t(c.n_rows), end = half + std::ptrdiff_t(c.n_rows);
+        std::vector<float> missed; // of each layer mean and worst, as the kernels have it
+        for (auto head = end; head != found.end(); head += std::ptrdiff_t(c.n_head)) {
+            missed.push_back(std::accumulate(head, head + std::ptrdiff_t(c.n_head), 0.0f) / float(c.n_head));
+            missed.push_back(*std::max_element(head, head + std::ptrdiff_t(c.n_head)));
+        }
+        const double worst = std::max({ difference(expected.mean, { found.begin(), half }), difference(expected.peak, { half, end }),
+            c.magnitude ? 0 : difference(expected.missed, missed) });
         const double tolerance = c.type == GGML_TYPE_F16 ? 4e-3 : 3e-2;
         if (!(worst < tolerance)) {
             std::printf("%s: relative difference %g\n", c.what, worst);
