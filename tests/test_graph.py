@@ -48,10 +48,10 @@ def test_a_pool_that_fills_rebuilds_the_graph_as_upstream_does(load, smollm2, te
 @pytest.mark.parametrize("n", range(2, 9))
 def test_drafts_use_the_graph_of_their_length_again(load, smollm2, text, n):
     llm = load(smollm2, kv_policy="asrkf,rewalk_tokens=0", kv_pool=512)  # several tokens with one output would be a prompt
-    tokens = tokens_of(llm, text, 700 + 20 * n)
-    llm.eval(tokens[:700])
+    tokens = tokens_of(llm, text, 1100 + 20 * n)  # every group's pool is full by then
+    llm.eval(tokens[:1100])
     llama_cpp.llama_perf_context_reset(llm.ctx)
-    for begin in range(700, 700 + 20 * n, n):
+    for begin in range(1100, 1100 + 20 * n, n):
         llm.eval(tokens[begin : begin + n])
     assert reused_graphs(llm) == 19
 
