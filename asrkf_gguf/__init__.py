@@ -1,7 +1,7 @@
 """A KV cache that freezes, for llama.cpp: a context larger than the pool of KV cells on the device.
 
     from asrkf_gguf import Llama
-    llm = Llama("model.gguf", n_ctx=8192, kv_policy="asrkf", kv_pool=2048)
+    llm = Llama("model.gguf", n_ctx=32768, n_gpu_layers=-1, kv_policy="asrkf")
 """
 
 from . import _native

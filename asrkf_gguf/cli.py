@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import logging
 import re
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any, Optional
 from tqdm import tqdm
 
 from . import _native, calibrate
-from .config import DEFAULT_POOL, POLICIES, FreezeConfig, PoolSize
+from .config import POLICIES, FreezeConfig, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
 from .stats import MIB, KVStats
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         n_threads_batch=arguments.threads,
         seed=arguments.seed,
         kv_policy=arguments.kv_policy,
-        kv_pool=arguments.kv_pool or (DEFAULT_POOL if FreezeConfig.from_string(arguments.kv_policy).needs_pool() else None),
+        kv_pool=arguments.kv_pool,
         verbose=arguments.verbose,
     )
     bar = prompt_progress(llm, "reading the prompt")
@@ -147,7 +148,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     runner.add_argument("--seed", type=int, default=1)
     runner.add_argument("--chat", action="store_true", help="use the model's chat template")
     runner.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
-    runner.add_argument("--kv-pool", type=pool_size, help=f"cells, part of n_ctx, or bytes (default {DEFAULT_POOL}, if the policy does not say)")
+    runner.add_argument("--kv-pool", type=pool_size, help="auto, cells, part of n_ctx, or bytes (default: what the policy says, else what fits the device)")
     runner.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log")
     runner.set_defaults(function=run)
     shower = commands.add_parser("info", help="what this build can do, and what a model's cache needs")
@@ -176,6 +177,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     command = argv[0] if argv else ""
     if command == "serve":  # llama_cpp.server writes its options with _, we with -
         argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
+    logging.basicConfig(format="asrkf: %(message)s")
+    logging.getLogger("asrkf_gguf").setLevel(logging.INFO)
     try:
         arguments = make_parser(command).parse_args(argv)
         return arguments.function(arguments)

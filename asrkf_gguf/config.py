@@ -8,7 +8,6 @@ from typing import Optional, Union
 
 from . import _native
 
-DEFAULT_POOL = "0.25"  # of the commands
 PoolSize = Union[int, float, str]
 POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all")
 
@@ -24,7 +23,11 @@ class FreezeConfig:
     policy: str = "asrkf"
     """"full" (upstream's cache), "asrkf", "paper", or a control: "window", "random", "flag-all"."""
     pool: Optional[PoolSize] = None
-    """Size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index ("512MiB"). `Llama(kv_pool=...)` sets it."""
+    """Size of the pool: "auto" (what fits the device), cells (2048), part of n_ctx (0.25), bytes of K, V and index ("512MiB"), or so
+    much of the bytes of a full F16 cache ("33%"). `Llama(kv_pool=...)` sets it."""
+    types: Optional[str] = None
+    """Types of K and V: "given" (type_k, type_v), or "auto": the best that the pool's bytes have room for. `Llama` takes "auto" for
+    a pool of bytes if no type is named."""
     layers: Optional[str] = None
     """"shared": one set of active tokens; "two" or "each": layer groups, with budgets by sensitivity; or groups with a pool
     each, "0-8@512/9-29@1024"."""
@@ -78,6 +81,8 @@ class FreezeConfig:
     """Position ranges that are never frozen, "0-128+512-640", ends excluded."""
     host_limit: Optional[Union[int, str]] = None
     """Most bytes of the host store ("8GiB"); 0: no limit."""
+    device_limit: Optional[Union[int, str]] = None
+    """For pool="auto": most bytes on each device, weights and compute buffers among them ("8GiB"); 0: what is free."""
     moves: Optional[str] = None
     """"auto", "direct" (memcpy; device memory is host memory) or "staged" (through a staging buffer)."""
     state: Optional[str] = None
@@ -112,9 +117,11 @@ class FreezeConfig:
         policy, *pairs = _native.format_config(_native.parse_config(self.to_string())).split(",")
         return {"policy": policy, **dict(pair.split("=", 1) for pair in pairs)}
 
-    def needs_pool(self) -> bool:
-        """Does a pool still have to be given? Not for "full", presets with a pool, or groups with pools of their own."""
-        return self.policy != "full" and "pool" not in self.resolved() and "@" not in (self.layers or "")
+    def with_types(self, are_named: bool) -> FreezeConfig:
+        """The same configuration, which may choose the cache's types if nobody named them and the pool is bytes, not cells."""
+        pool = self.resolved().get("pool", "")
+        chooses = not are_named and self.types is None and (pool == "auto" or pool.endswith(("B", "%")))
+        return dataclasses.replace(self, types="auto") if chooses else self
 
     def with_pool(self, pool: Optional[PoolSize]) -> FreezeConfig:
         """The same configuration with this pool; ValueError if it has another one already."""

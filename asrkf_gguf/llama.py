@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import inspect
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -22,6 +23,8 @@ from .calibration import calibrating
 from .config import FreezeConfig, PoolSize
 from .models import find_side_file
 from .stats import KVStats, OutputEntropy, read_output_entropy, read_stats
+
+log = logging.getLogger("asrkf_gguf")
 
 
 def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
@@ -40,8 +43,10 @@ class Llama(LlamaBase):
 
     kv_policy: None (what LLAMA_KV_POLICY says, else upstream's cache), "full" (upstream's cache), a preset ("asrkf",
         "paper", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
-    kv_pool: cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx (0.25), or bytes of K, V and index on the
-        device ("512MiB", rounded down: a bound).
+    kv_pool: "auto" (what fits the device; the default), cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx
+        (0.25), bytes of K, V and index on the device ("512MiB", rounded down: a bound), or a part of a full F16 cache's ("33%").
+    type_k, type_v: the cache's types. If neither is named, a pool of bytes has the best that it has room for: all tokens in F16,
+        else all in Q8_0, else a pool in Q8_0.
     kv_regenerate: with recovery=full, how many of the newest tokens a full reset in the middle of an answer takes back and
         samples anew, now that what was frozen is there (the paper's rewalk regeneration). So many are held back from the
         caller. None: 8 for answers that are returned whole, 0 where the caller sees tokens as they come (stream, generate()).
@@ -80,6 +85,7 @@ class Llama(LlamaBase):
         else:
             config = kv_policy if isinstance(kv_policy, FreezeConfig) else FreezeConfig.from_string(kv_policy)
             config = with_calibration(config.with_pool(kv_pool), model_path)
+            config = config.with_types(are_named=kwargs.get("type_k") is not None or kwargs.get("type_v") is not None)
         self._kv_policy = config
         if kwargs.get("draft_model") is not None:
             kwargs["logits_all"] = True  # llama_cpp.Llama keeps all logits then, but without this has room for n_batch rows only
@@ -105,6 +111,17 @@ class Llama(LlamaBase):
             raise
         finally:
             _native.lib.asrkf_next_context(_native.ffi.NULL)  # a model that fails to load never asks for it
+        self._say_what_is()
+
+    def _say_what_is(self) -> None:
+        """What was chosen for the pool (a warning if it is less than all tokens in F16), and a context that the model never saw."""
+        stats, n_trained = self.kv_stats(), llama_cpp.llama_model_n_ctx_train(self.model)
+        if stats.pool_choice and not self.verbose:  # else llama.cpp's log has it
+            is_all = stats.pool_cells == self.n_ctx() and stats.type_k == stats.type_v == "f16"
+            log.log(logging.INFO if is_all else logging.WARNING, "%s", stats.pool_choice)
+        is_stretched = self.context_params.rope_scaling_type > 0 or self.context_params.rope_freq_scale not in (0, 1)
+        if self.n_ctx() > n_trained and not is_stretched:
+            log.warning("n_ctx=%d is more than the %d tokens that the model was trained for: expect nonsense past them", self.n_ctx(), n_trained)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle is made from again: llama_cpp.Llama's arguments and ours."""

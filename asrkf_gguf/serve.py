@@ -20,7 +20,7 @@ import llama_cpp
 
 from . import _compat
 from ._native import KVError, KVStatus
-from .config import DEFAULT_POOL, FreezeConfig
+from .config import FreezeConfig
 from .llama import Llama
 from .models import resolve_model
 from .stats import KVStats, counted_since
@@ -48,7 +48,7 @@ class ModelSettings(server_settings.ModelSettings):
     kv_policy: str = Field(default="asrkf", description='"full", a preset, or "name,key=value,..." (asrkf info lists the keys).')
     kv_pool: Optional[str] = Field(
         default=None, coerce_numbers_to_str=True,
-        description=f"The pool: cells, part of n_ctx, or bytes. (default: {DEFAULT_POOL}, if the policy does not say)",
+        description="The pool: auto, cells, part of n_ctx, or bytes. (default: what the policy says, else what fits the device)",
     )  # fmt: skip
     n_ctx: int = Field(default=8192, ge=0, description="The context size, tokens; 0: the model's own.")
     n_gpu_layers: int = Field(default=-1, ge=-1, description="Layers on the GPU, -1 for all.")
@@ -62,8 +62,8 @@ class ModelSettings(server_settings.ModelSettings):
 
     def policy(self) -> dict[str, Optional[str]]:
         """kv_policy and kv_pool for Llama(); ValueError for an unknown policy or key."""
-        needs_pool = FreezeConfig.from_string(self.kv_policy).needs_pool()
-        return {"kv_policy": self.kv_policy, "kv_pool": self.kv_pool or (DEFAULT_POOL if needs_pool else None)}
+        FreezeConfig.from_string(self.kv_policy)
+        return {"kv_policy": self.kv_policy, "kv_pool": self.kv_pool}
 
 
 class Settings(server_settings.ServerSettings, ModelSettings):

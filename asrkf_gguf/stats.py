@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import gguf
+
 from . import _native
 from .config import POLICIES
 
@@ -38,6 +40,11 @@ class KVStats:
 
     policy: str
     """The policy that really runs; "full" is upstream's cache."""
+    pool_choice: str
+    """What was chosen for a pool of bytes (or "auto"), and why; "" where cells were asked for."""
+    type_k: str
+    """Types of the cache, "f16" or "q8_0"; "" where upstream's cache has several parts."""
+    type_v: str
     pool_cells: int
     active_cells: int
     frozen_cells: int
@@ -108,6 +115,12 @@ _CAUSES = ("timer", "window", "refill", "recall", "recovery", "request")
 _LEVELS = ("soft", "window", "full")
 
 
+def _pool_choice(pointer: Any) -> str:
+    out = _native.ffi.new("char[]", 4096)
+    _native.check(_native.lib.asrkf_get_pool_choice(pointer, out, 4096))
+    return _native.ffi.string(out).decode()
+
+
 def read_stats(context: Any) -> KVStats:
     """Stats of a llama_cpp context (its `ctx` pointer)."""
     pointer = _native.context_pointer(context)
@@ -120,6 +133,8 @@ def read_stats(context: Any) -> KVStats:
         groups.append(GroupStats(**{name: getattr(group, name) for name in GroupStats.__dataclass_fields__}))
     special: dict[str, Any] = {
         "policy": POLICIES[raw.policy],
+        "pool_choice": _pool_choice(pointer) if raw.policy else "",
+        **{name: "" if value < 0 else gguf.GGMLQuantizationType(value).name.lower() for name, value in (("type_k", raw.type_k), ("type_v", raw.type_v))},
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
         "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},
         "groups": tuple(groups),

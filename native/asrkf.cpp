@@ -47,6 +47,13 @@ template <typename T> void need_struct(const T * pointer, const char * name) {
     }
 }
 
+void copy_text(const std::string & text, char * out, size_t size) {
+    if (text.size() >= size) {
+        throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
+    }
+    std::memcpy(out, text.c_str(), text.size() + 1);
+}
+
 engine & need_engine(llama_context * ctx) {
     need(ctx, "ctx");
     engine * found = engine_of(ctx);
@@ -83,11 +90,7 @@ enum asrkf_status asrkf_config_format(const struct asrkf_config * config, char *
         need_struct(config, "config");
         need(out, "out");
         config_check(*config);
-        const std::string text = config_format(*config);
-        if (text.size() >= size) {
-            throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
-        }
-        std::memcpy(out, text.c_str(), text.size() + 1);
+        copy_text(config_format(*config), out, size);
     });
 }
 
@@ -149,11 +152,7 @@ enum asrkf_status asrkf_model_fingerprint(const struct llama_model * model, char
     return guarded([&] {
         need(model, "model");
         need(out, "out");
-        const std::string text = model_fingerprint(model);
-        if (text.size() >= size) {
-            throw error(ASRKF_INVALID_ARGUMENT, format("out needs %zu bytes", text.size() + 1));
-        }
-        std::memcpy(out, text.c_str(), text.size() + 1);
+        copy_text(model_fingerprint(model), out, size);
     });
 }
 
@@ -223,6 +222,10 @@ enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, st
 
 enum asrkf_status asrkf_get_config(struct llama_context * ctx, struct asrkf_config * out) {
     return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_config(); });
+}
+
+enum asrkf_status asrkf_get_pool_choice(struct llama_context * ctx, char * out, size_t size) {
+    return guarded([&] { need(out, "out"); copy_text(need_engine(ctx).get_pool_choice(), out, size); });
 }
 
 enum asrkf_status asrkf_get_stats(struct llama_context * ctx, struct asrkf_stats * out) {

@@ -300,10 +300,12 @@ def test_what_is_sampled_anew_follows_the_grammar_and_the_context(load, smollm2,
         load(smollm2, kv_policy=RESETS, kv_pool=1024, kv_regenerate=-1)
 
 
-def test_presets_are_asrkf_with_a_pool(load, smollm2):
-    for name, cells in (("aggressive", 512), ("default", 768), ("quality", 1536)):
-        stats = load(smollm2, kv_policy=name).kv_stats()
-        assert (stats.policy, stats.pool_cells) == ("asrkf", cells)
+def test_presets_are_asrkf_with_a_part_of_the_bytes_of_a_full_f16_cache(load, smollm2):
+    full_bytes = load(smollm2, n_ctx=8192).kv_stats().device_kv_bytes
+    for name, part in (("aggressive", 1 / 8), ("default", 1 / 3), ("quality", 1 / 2)):
+        stats = load(smollm2, n_ctx=8192, kv_policy=name).kv_stats()
+        assert (stats.policy, stats.type_k, stats.type_v) == ("asrkf", "q8_0", "q8_0")
+        assert 0.8 * part < (stats.device_kv_bytes + stats.device_index_bytes) / full_bytes <= part
 
 
 def test_every_layer_may_score(load, smollm2, text):

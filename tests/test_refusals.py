@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import gguf
+import llama_cpp
 import numpy as np
 import pytest
 from conftest import python
@@ -19,9 +20,11 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": 0}, "pool=0 must be positive"),
         ({"kv_pool": -1}, "pool=-1 must be positive"),
         ({"kv_pool": 4096}, "pool of 4096 cells is larger than n_ctx 2048"),
-        ({"kv_pool": "1MiB"}, "raise kv_pool to at least 7135664 bytes"),
+        ({"kv_pool": "1MiB"}, "raise kv_pool to at least"),
+        ({"kv_policy": "asrkf,device_limit=500MiB"}, "the smallest pool, 256 of 2048 cells in q8_0, does not fit"),
+        ({"kv_policy": "asrkf,types=auto", "kv_pool": 512}, "types=auto chooses by bytes"),
+        ({"kv_pool": "120%"}, "at most 100%"),
         ({"kv_pool": 1.5}, "at most 1.0"),
-        ({}, "no pool: set kv_pool"),
         ({"kv_policy": "asrkf,window=500", "kv_pool": 512}, "raise kv_pool to at least 768 or lower window"),
         ({"kv_policy": "asrkf,pinned=0-300", "kv_pool": 512}, "raise kv_pool to at least"),
         ({"kv_policy": "arskf", "kv_pool": 512}, 'did you mean "asrkf"'),
@@ -49,7 +52,7 @@ def test_the_smallest_pool_that_the_error_names_works(load, smollm2):
 
 def test_pools_are_cells_fractions_and_bytes(load, smollm2):
     for pool, cells in ((1000, 1024), (0.25, 512), ("14MiB", 512), ("0.5", 1024), (2048, 2048)):
-        assert load(smollm2, kv_policy="asrkf", kv_pool=pool).kv_stats().pool_cells == cells, pool
+        assert load(smollm2, kv_policy="asrkf", kv_pool=pool, type_k=llama_cpp.GGML_TYPE_F16).kv_stats().pool_cells == cells, pool
 
 
 def test_a_missing_model_says_so():

@@ -53,9 +53,11 @@ enum asrkf_policy {
 struct asrkf_config {
     uint32_t struct_size;
     int32_t  policy;           /* enum asrkf_policy */
-    uint32_t pool_cells;       /* exactly one of the three is not 0: cells, */
+    uint32_t pool_cells;       /* at most one of the four is not 0; none: what fits the device. Cells, */
     float    pool_ratio;       /*   part of n_ctx (0..1], */
-    uint64_t pool_bytes;       /*   bytes of K, V and index together */
+    uint64_t pool_bytes;       /*   bytes of K, V and index together, */
+    float    pool_f16_percent; /*   or so much of the bytes that K and V of n_ctx tokens have in F16 (0..100] */
+    int32_t  types;
     uint32_t sinks;
     uint32_t window;           /* 0: half of the group's pool */
     uint32_t interval;
@@ -80,6 +82,7 @@ struct asrkf_config {
     int32_t  moves;
     int32_t  state;
     uint64_t host_limit;       /* bytes, 0: no limit */
+    uint64_t device_limit;     /* bytes, 0: what is free */
     char     layers[1024];
     char     calibration[1024];
     char     score_layers[1024];
@@ -105,6 +108,8 @@ struct asrkf_stats {
     uint32_t active_cells;
     uint32_t frozen_cells;
     uint32_t n_sequences;              /* that have tokens */
+    int32_t  type_k;                   /* enum ggml_type, of the cache; -1 where upstream's cache has none to name */
+    int32_t  type_v;
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
     uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
@@ -195,7 +200,7 @@ ASRKF_API void         asrkf_clear_error(void);
 ASRKF_API const char * asrkf_version(void);
 ASRKF_API const char * asrkf_status_name(enum asrkf_status status);
 
-/* Fill *out with the preset's values (pool unset). */
+/* Fill *out with the preset's values (the pool: what fits the device). */
 ASRKF_API enum asrkf_status asrkf_config_default(int32_t policy, struct asrkf_config * out);
 /* Read "name" or "name,key=value,..."; *out is written on success only. */
 ASRKF_API enum asrkf_status asrkf_config_parse(const char * text, struct asrkf_config * out);
@@ -258,7 +263,11 @@ ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double
  * device; ASRKF_INTERNAL: a logit is NaN. */
 ASRKF_API enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, struct asrkf_output * out);
 
+/* The configuration that runs: a pool that was chosen is in cells. */
 ASRKF_API enum asrkf_status asrkf_get_config     (struct llama_context * ctx, struct asrkf_config * out);
+/* What was chosen for the pool and why, one line; "" where cells or a part of n_ctx were asked for. size includes the final NUL
+ * (512 is enough). */
+ASRKF_API enum asrkf_status asrkf_get_pool_choice(struct llama_context * ctx, char * out, size_t size);
 /* asrkf_get_stats() serves upstream's cache, too: policy ASRKF_POLICY_FULL, no groups to ask about. */
 ASRKF_API enum asrkf_status asrkf_get_stats      (struct llama_context * ctx, struct asrkf_stats * out);
 ASRKF_API enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out);

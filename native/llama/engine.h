@@ -25,6 +25,7 @@ public:
     virtual void     set_host_limit(uint64_t limit_bytes) = 0;
 
     virtual asrkf_config      get_config() const = 0;
+    virtual const std::string & get_pool_choice() const = 0; // what was chosen for the pool and why; "" if it was asked for
     virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
     virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
     virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;

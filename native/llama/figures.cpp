@@ -13,6 +13,8 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.policy             = config.policy;
     s.n_groups           = uint32_t(groups.size());
     s.pool_cells         = groups.mean_cells([](const group & g) { return g.pool_cells; });
+    s.type_k             = groups.first().cache->type_k();
+    s.type_v             = groups.first().cache->type_v();
     s.active_cells       = groups.mean_cells([](const group & g) { return g.cache->n_used(); });
     s.tokens             = tokens.n_records();
     s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;

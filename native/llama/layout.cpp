@@ -86,7 +86,7 @@ std::vector<uint32_t> choose_scoring_layers(const settings & config, const std::
 //
 
 // Groups as the configuration names them, each with its pool.
-std::vector<group_budget> named_groups(const settings & config, const std::vector<group_spec> & specs, const std::vector<layer_budget> & layers, uint64_t token_bytes) {
+std::vector<group_budget> named_groups(const settings & config, const std::vector<group_spec> & specs, const std::vector<layer_budget> & layers) {
     const auto has_kv = [&](uint32_t il) { return std::any_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; }); };
     std::vector<group_budget> plans;
     std::vector<bool> taken(config.model.hparams.n_layer_all, false);
@@ -104,7 +104,7 @@ std::vector<group_budget> named_groups(const settings & config, const std::vecto
         }
         asrkf_config own = config;
         own.pool_cells = spec.pool_cells;
-        plans.back().pool_cells = resolve_pool(own, config.n_ctx, token_bytes);
+        plans.back().pool_cells = resolve_pool(own, config.n_ctx);
     }
     for (const layer_budget & l : layers) {
         if (!taken[l.il]) {
@@ -114,32 +114,11 @@ std::vector<group_budget> named_groups(const settings & config, const std::vecto
     return plans;
 }
 
-// Of all layers, as a mean: cells, part of n_ctx or bytes, of which the index is a part.
-uint32_t mean_pool(const settings & config, uint32_t first_layer, size_t n_scoring_layers, uint64_t token_bytes) {
-    asrkf_config whole = config;
-    if (config.pool_bytes && n_scoring_layers > 0) {
-        const auto & hparams = config.model.hparams;
-        const uint64_t layer_bytes = (config.n_index_rows() + 1)*ggml_row_size(config.index_type(), hparams.n_embd_k_gqa(first_layer)) // and the ring, and alignment
-            + config.n_ring_rows()*hparams.n_embd_head_k(first_layer)*hparams.n_head(first_layer)*sizeof(float) + 1024;
-        const uint64_t index_bytes = n_scoring_layers*layer_bytes, least_bytes = index_bytes + POOL_PAD_CELLS*token_bytes;
-        if (config.pool_bytes < least_bytes) {
-            invalid(format("pool of %llu bytes holds no index of %llu bytes and %u cells of %llu: raise kv_pool to at least %llu bytes",
-                (unsigned long long) config.pool_bytes, (unsigned long long) index_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes, (unsigned long long) least_bytes));
-        }
-        whole.pool_bytes = config.pool_bytes - index_bytes;
-    }
-    return resolve_pool(whole, config.n_ctx, token_bytes);
-}
-
-std::vector<group_budget> split_pools(const settings & config, const std::vector<layer_budget> & layers, size_t n_scoring_layers) {
-    uint64_t token_bytes = 0;
-    for (const layer_budget & l : layers) {
-        token_bytes += l.token_bytes;
-    }
+std::vector<group_budget> split_pools(const settings & config, const std::vector<layer_budget> & layers) {
     if (const auto specs = parse_groups(config.layers); !specs.empty()) {
-        return named_groups(config, specs, layers, token_bytes);
+        return named_groups(config, specs, layers);
     }
-    const uint32_t mean_cells = mean_pool(config, layers[0].il, n_scoring_layers, token_bytes);
+    const uint32_t mean_cells = resolve_pool(config, config.n_ctx);
     const std::string mode = config.layers;
     if (mode == "shared" || mean_cells >= config.n_ctx || layers.size() == 1 || config.is_windowed) { // the graph of a windowed model has room for one group
         group_budget one = { {}, mean_cells };
@@ -148,9 +127,7 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
         }
         return { one };
     }
-    // the least that layer_groups::check_pools() takes, with a window of half a pool
-    const uint32_t least_share = 2*(config.sinks + pinned_at_creation(config) + std::min(config.n_ubatch, config.block) + 2*config.block) + config.window;
-    const uint32_t least = config.n_seq_max*(config.unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
+    const uint32_t least = least_pool(config);
     return mode == "two" ? split_two(layers, mean_cells, least, config.n_ctx) : split_each(layers, mean_cells, least, config.n_ctx);
 }
 
@@ -202,15 +179,26 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
 
 } // namespace
 
+uint32_t least_pool(const settings & config) {
+    // what layer_groups::check_pools() takes, with a window of half a pool
+    const uint32_t least_share = 2*(config.sinks + pinned_at_creation(config) + std::min(config.n_ubatch, config.block) + 2*config.block) + config.window;
+    return config.n_seq_max*(config.unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
+}
+
 layout make_layout(const settings & config, const llama_memory_params & params) {
     const cached_layers cached = layers_with_cache(config, params);
     std::vector<uint32_t> measured_scorers;
     const std::vector<layer_budget> layers = budgets_of(config, params, cached.plain, measured_scorers);
+    const std::vector<group_budget> plans = split_pools(config, layers);
     layout made;
+    const bool freezes = std::any_of(plans.begin(), plans.end(), [&](const group_budget & g) { return g.pool_cells < config.n_ctx; });
     if (make_policy_params(config, 1).wants_scores()) {
         made.scoring_layers = choose_scoring_layers(config, layers, measured_scorers);
     }
-    for (const group_budget & plan : split_pools(config, layers, made.scoring_layers.size())) {
+    if (!freezes) { // nothing to choose by scores
+        made.scoring_layers.clear();
+    }
+    for (const group_budget & plan : plans) {
         made.groups.push_back(make_group(config, config, plan.layers, config.unified ? plan.pool_cells : in_streams(config, plan.pool_cells)));
     }
     if (config.is_windowed) {

@@ -13,6 +13,9 @@ struct layout {
     std::vector<uint32_t> scoring_layers; // one ranking serves all groups; empty where the policy asks for no scores
 };
 
+// Cells that a pool must have at least.
+uint32_t least_pool(const settings & config);
+
 // Allocates nothing. Throws error if the configuration does not fit the model or the context.
 layout make_layout(const settings & config, const llama_memory_params & params);
 

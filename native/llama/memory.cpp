@@ -2,6 +2,7 @@
 
 #include "llama/creation.h"
 #include "llama/find_calibration.h"
+#include "llama/pool_choice.h"
 #include "llama/refusal.h"
 
 #include "llama-context.h"
@@ -50,8 +51,14 @@ llama_memory_i * create(const llama_model & model, const llama_memory_params & p
             return nullptr;
         }
         check_context(model, params, cparams);
-        std::snprintf(config->calibration, sizeof(config->calibration), "%s", found_calibration(model, cparams, *config).c_str());
-        return new memory(model, params, cparams, *config);
+        pool_choice chosen = choose_pool(settings(model, cparams, *config), params);
+        // A pool that holds everything needs no calibration. Another is chosen again: the groups that a calibration makes differ.
+        if (const std::string found = found_calibration(model, cparams, chosen.config); found != config->calibration) {
+            std::snprintf(config->calibration, sizeof(config->calibration), "%s", found.c_str());
+            chosen = choose_pool(settings(model, cparams, *config), params);
+        }
+        tell(chosen, model.hparams.no_alloc);
+        return new memory(model, chosen.params, cparams, chosen.config, chosen.text);
     } catch (const std::exception & e) {
         const auto * known = dynamic_cast<const error *>(&e);
         set_last_error(text_of(e), known ? known->status : ASRKF_INTERNAL);
@@ -63,8 +70,9 @@ const bool registered = [] { llama_memory_factory_ext = create; return true; }()
 
 } // namespace
 
-memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config)
-    : config(model, cparams, config), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
+memory::memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config,
+        const std::string & choice)
+    : config(model, cparams, config), choice(choice), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
       tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted, budget),
       scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
       sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
@@ -209,6 +217,9 @@ asrkf_stats upstream_stats(llama_context * ctx) {
     s.n_groups    = 1;
     s.pool_cells  = llama_n_ctx(ctx);
     s.missed_attention_ratio = s.missed_attention_worst_ratio = 0; // nothing is frozen
+    const auto * plain = dynamic_cast<llama_kv_cache *>(llama_get_memory(ctx));
+    s.type_k      = plain ? plain->type_k() : -1;
+    s.type_v      = plain ? plain->type_v() : -1;
     if (llama_memory_t mem = llama_get_memory(ctx)) {
         const llama_pos pos_max = mem->seq_pos_max(0);
         s.tokens       = pos_max < 0 ? 0 : uint64_t(pos_max - mem->seq_pos_min(0) + 1);

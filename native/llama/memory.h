@@ -22,7 +22,8 @@ namespace asrkf {
 
 class memory final : public llama_memory_i, public engine {
 public:
-    memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config);
+    memory(const llama_model & model, const llama_memory_params & params, const llama_cparams & cparams, const asrkf_config & config,
+            const std::string & choice);
 
     // decoding
     llama_memory_context_ptr init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool embd_all) override;
@@ -54,6 +55,7 @@ public:
     // figures
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override { return seen.memory_breakdown(); }
     asrkf_config      get_config() const override;
+    const std::string & get_pool_choice() const override { return choice; }
     asrkf_stats       get_stats(llama_context * ctx) const override { return seen.stats(ctx); }
     asrkf_group_stats get_group_stats(uint32_t index) const override { return seen.group_stats(index); }
     size_t   get_tokens(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override {
@@ -72,6 +74,7 @@ private:
 
     // In the order in which each needs those before it.
     const settings config;
+    const std::string choice; // of the pool, and why
     layout         laid_out;
     host_budget    budget;
     counters       counted;

@@ -10,17 +10,25 @@
 
 namespace asrkf {
 
-scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
-        const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft)
-    : config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
-    if (scoring_layers.empty()) {
-        return;
+// As choose_scored() has them: one sequence, as many as may be, and a prompt's end.
+std::vector<scoring_shape> largest_shapes(const settings & config) {
+    const uint32_t n_seqs = std::min(config.n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries));
+    std::vector<scoring_shape> shapes = { { 0, config.score_queries, false, false } };
+    if (n_seqs > 1) {
+        shapes.push_back({ 0, n_seqs*config.score_queries, false, true });
     }
+    if (config.rewalk_tokens >= 2 && make_policy_params(config, 1).recall) {
+        shapes.push_back({ 0, PROMPT_END_QUERIES, true, false });
+    }
+    return shapes;
+}
+
+std::unique_ptr<relevance> make_scorer(const settings & config, const std::vector<uint32_t> & scoring_layers, const group_of_layer & group_of, std::vector<uint32_t> & sets, bool no_alloc) {
     const auto & hparams = config.model.hparams;
     std::vector<scoring_layer> layers;
     for (const uint32_t il : scoring_layers) {
         ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
-        const uint32_t ig = groups.of_layer(il);
+        const uint32_t ig = group_of(il);
         const auto set = std::find(sets.begin(), sets.end(), ig);
         layers.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
             dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type(), uint32_t(set - sets.begin()) });
@@ -28,11 +36,19 @@ scores::scores(const settings & config, layer_groups & groups, token_table & tok
             sets.push_back(ig);
         }
     }
-    const uint32_t n_rows = config.n_index_rows();
-    scorer = std::make_unique<relevance>(layers, n_rows, config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
-            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, config.no_alloc);
-    graphs = std::make_unique<scoring_graphs>(*scorer, largest_shapes(), config.no_alloc);
-    arrived.reset(ggml_backend_buft_alloc_buffer(buft, (scorer->n_heads() + graphs->n_parts()*2*n_rows)*sizeof(float)));
+    return std::make_unique<relevance>(layers, config.n_index_rows(), config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
+            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
+}
+
+scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
+        const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft)
+    : config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
+    if (scoring_layers.empty()) {
+        return;
+    }
+    scorer = make_scorer(config, scoring_layers, [&](uint32_t il) { return groups.of_layer(il); }, sets, config.no_alloc);
+    graphs = std::make_unique<scoring_graphs>(*scorer, largest_shapes(config), config.no_alloc);
+    arrived.reset(ggml_backend_buft_alloc_buffer(buft, (scorer->n_heads() + graphs->n_parts()*2*config.n_index_rows())*sizeof(float)));
     if (!arrived) {
         throw error(ASRKF_INTERNAL, "no host memory for the scores");
     }
@@ -67,19 +83,6 @@ branch_shape scores::worst_shape(uint32_t n_tokens) const {
     shape.n_written = config.index_tokens_per_row() == 1 ? n_tokens : scorer->n_written(n_tokens) + 2*(std::min(n_tokens, config.n_seq_max) - 1);
     shape.n_kept    = std::min(n_tokens, config.n_seq_max)*query_rings::n_kept(n_tokens, config.score_queries);
     return shape;
-}
-
-// As choose_scored() has them: one sequence, as many as may be, and a prompt's end.
-std::vector<scoring_shape> scores::largest_shapes() const {
-    const uint32_t n_seqs = std::min(config.n_seq_max, std::max(1u, PROMPT_END_QUERIES / config.score_queries));
-    std::vector<scoring_shape> shapes = { { 0, config.score_queries, false, false } };
-    if (n_seqs > 1) {
-        shapes.push_back({ 0, n_seqs*config.score_queries, false, true });
-    }
-    if (config.rewalk_tokens >= 2 && groups.first().rules[0].params.recall) {
-        shapes.push_back({ 0, PROMPT_END_QUERIES, true, false });
-    }
-    return shapes;
 }
 
 std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scores::breakdown() const {

@@ -6,6 +6,8 @@
 #include "llama/transfers.h"
 #include "scoring/scoring_graph.h"
 
+#include <functional>
+
 namespace asrkf {
 
 // What a step brings one sequence.
@@ -26,6 +28,12 @@ struct side_step {
     scoring_shape         scores;
     scoring_graphs::inputs scoring;   // where their queries are, and what they see
 };
+
+// The index and the branch of these layers. sets gets their groups.
+using group_of_layer = std::function<uint32_t(uint32_t il)>;
+std::unique_ptr<relevance> make_scorer(const settings & config, const std::vector<uint32_t> & scoring_layers, const group_of_layer & group_of, std::vector<uint32_t> & sets, bool no_alloc);
+// Of its scoring graphs.
+std::vector<scoring_shape> largest_shapes(const settings & config);
 
 class scores {
 public:
@@ -73,7 +81,6 @@ public:
     void index_records(const std::vector<uint32_t> & ids);
 
 private:
-    std::vector<scoring_shape> largest_shapes() const;
     void prepare_scoring(side_step & step, bool prompt_end);
     std::vector<float> frozen_parts(const side_step & step) const;
     void attach();

@@ -30,7 +30,8 @@ const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
 #define AT(member) offsetof(asrkf_config, member)
 // The table. The Python dataclass and docs/policy.md are checked against it.
 const field table[] = {
-    { "pool", POOL, 0, "", 0, 0, "size of the pool: cells (2048), part of n_ctx (0.25) or bytes of K, V and index (512MiB); required" },
+    { "pool", POOL, 0, "", 0, 0, "size of the pool: what fits the device (auto), cells (2048), part of n_ctx (0.25), bytes of K, V and index (512MiB), or so much of the bytes of a full F16 cache (33%)" },
+    { "types", CHOICE, AT(types), "given|auto", 0, 0, "types of K and V: the context's (-ctk, -ctv), or the best that the pool's bytes have room for: all tokens in f16, else all in q8_0, else a pool in q8_0" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
     { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities, or \"off\" for a guess by depth; without it the model's own from the cache folder" },
     { "sinks", INTEGER, AT(sinks), "", 0, 4096, "first positions that are never frozen" },
@@ -56,6 +57,7 @@ const field table[] = {
     { "block", INTEGER, AT(block), "", 8, 256, "positions in a block, the unit of sealing" },
     { "pinned", TEXT, AT(pinned), "", 0, 0, "position ranges that are never frozen, \"0-128+512-640\", ends excluded" },
     { "host_limit", BYTES, AT(host_limit), "", 0, 1e18, "most bytes of the host store (8GiB); 0: no limit" },
+    { "device_limit", BYTES, AT(device_limit), "", 0, 1e18, "for pool=auto: most bytes on each device, weights and compute buffers among them (8GiB); 0: what is free" },
     { "moves", CHOICE, AT(moves), "auto|direct|staged", 0, 0, "how rows move: by memcpy (device memory is host memory) or gathered through a staging buffer; staged copies a block when it seals" },
     { "state", CHOICE, AT(state), "own|upstream", 0, 0, "what a saved state holds: all tokens, and scores and timers (own: loads here only), or llama.cpp's own format" },
     { "seed", INTEGER, AT(seed), "", 0, 4294967295.0, "of the random score" },
@@ -161,15 +163,24 @@ template <typename T> const T & at(const asrkf_config & c, const field & f) { re
 constexpr size_t TEXT_BYTES = sizeof(asrkf_config::layers);
 
 void set_pool(asrkf_config & config, const std::string & value) {
+    config.pool_cells       = 0;
+    config.pool_ratio       = 0;
+    config.pool_bytes       = 0;
+    config.pool_f16_percent = 0;
+    if (value == "auto") {
+        return;
+    }
     std::string suffix;
     const double number = parse_number("pool", value, &suffix);
-    config.pool_cells = 0;
-    config.pool_ratio = 0;
-    config.pool_bytes = 0;
     if (!(number > 0)) {
         invalid(format("pool=%s must be positive: cells (2048), part of n_ctx (0.25) or bytes (512MiB)", value.c_str()));
     }
-    if (!suffix.empty()) {
+    if (suffix == "%") {
+        if (number > 100 || !(float(number) > 0)) {
+            invalid(format("pool=%s: at most 100%% of the bytes of a full F16 cache", value.c_str()));
+        }
+        config.pool_f16_percent = float(number);
+    } else if (!suffix.empty()) {
         const double n_bytes = number * unit_bytes("pool", value, suffix);
         if (n_bytes < 1 || n_bytes > 1e18) {
             invalid(format("pool=%s is out of range", value.c_str()));
@@ -346,8 +357,8 @@ asrkf_config config_default(int32_t policy) {
     return c;
 }
 
-// The default policy with a pool that is a part of the context: what is measured in results/quality.csv.
-static const struct { const char * name; float pool_ratio; } presets[] = { { "aggressive", 0.25f }, { "default", 0.33f }, { "quality", 0.67f } };
+// The default policy with a part of the bytes of a full F16 cache.
+static const struct { const char * name; float f16_percent; } presets[] = { { "aggressive", 12.5f }, { "default", 33.3f }, { "quality", 50 } };
 
 asrkf_config config_parse(const std::string & text) {
     const auto parts = split(text, ',');
@@ -355,7 +366,7 @@ asrkf_config config_parse(const std::string & text) {
     for (const auto & preset : presets) {
         if (parts[0] == preset.name) {
             config = config_default(ASRKF_POLICY_ASRKF);
-            config.pool_ratio = preset.pool_ratio;
+            config.pool_f16_percent = preset.f16_percent;
         }
     }
     if (config.struct_size == 0) {
@@ -393,7 +404,8 @@ std::string config_format(const asrkf_config & config) {
             case POOL:
                 value = config.pool_bytes ? format("%lluB", (unsigned long long) config.pool_bytes)
                       : config.pool_ratio > 0 ? shortest(config.pool_ratio) + (config.pool_ratio == 1 ? ".0" : "")
-                      : config.pool_cells ? format("%u", config.pool_cells) : "";
+                      : config.pool_f16_percent > 0 ? shortest(config.pool_f16_percent) + "%"
+                      : config.pool_cells ? format("%u", config.pool_cells) : has_auto_pool(config) ? "auto" : "";
                 break;
             case INTEGER: value = format("%u", at<uint32_t>(config, f)); break;
             case REAL:    value = shortest(at<float>(config, f)); break;
@@ -442,9 +454,12 @@ void config_check(const asrkf_config & config) {
         invalid("score_layers= names no layer: write \"auto\", or layers such as \"0-3+7\"");
     }
     const bool has_groups = !parse_groups(config.layers).empty();
-    const int n_sizes = (config.pool_cells != 0) + (config.pool_ratio != 0) + (config.pool_bytes != 0);
-    if (n_sizes > 1 || !(config.pool_ratio >= 0 && config.pool_ratio <= 1)) {
-        invalid("set exactly one of pool_cells, pool_ratio (0..1] and pool_bytes");
+    const int n_sizes = (config.pool_cells != 0) + (config.pool_ratio != 0) + (config.pool_bytes != 0) + (config.pool_f16_percent != 0);
+    if (n_sizes > 1 || !(config.pool_ratio >= 0 && config.pool_ratio <= 1) || !(config.pool_f16_percent >= 0 && config.pool_f16_percent <= 100)) {
+        invalid("set at most one of pool_cells, pool_ratio (0..1], pool_bytes and pool_f16_percent (0..100]");
+    }
+    if (config.types == TYPES_AUTO && (has_groups || config.pool_cells != 0 || config.pool_ratio != 0)) {
+        invalid("types=auto chooses by bytes: give the pool as auto, bytes (512MiB) or a part of the F16 bytes (33%), or leave types out");
     }
     if (config.recall == RECALL_MEAN_KEY && config.index != INDEX_AUTO && config.index != INDEX_F16) {
         invalid("recall=mean_key with a quantised index: a mean is rounded with every token that it takes up; use index=f16 or auto");
@@ -487,21 +502,14 @@ std::vector<group_spec> parse_groups(const std::string & text) {
     return groups;
 }
 
-uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx, uint64_t token_bytes) {
+bool has_auto_pool(const asrkf_config & config) { return config.policy != ASRKF_POLICY_FULL && is_pool_of_bytes(config) && !config.pool_bytes && config.pool_f16_percent == 0; }
+
+bool is_pool_of_bytes(const asrkf_config & config) { return config.pool_cells == 0 && config.pool_ratio == 0 && parse_groups(config.layers).empty(); }
+
+uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx) {
     uint64_t cells = config.pool_cells;
     if (config.pool_ratio > 0) {
         cells = uint64_t(std::ceil(double(config.pool_ratio) * n_ctx - 1e-6));
-    } else if (config.pool_bytes > 0) {
-        cells = config.pool_bytes / token_bytes / POOL_PAD_CELLS * POOL_PAD_CELLS;
-        if (cells == 0) {
-            invalid(format("pool of %llu bytes holds no %u cells of %llu bytes: raise kv_pool to at least %llu bytes",
-                    (unsigned long long) config.pool_bytes, POOL_PAD_CELLS, (unsigned long long) token_bytes,
-                    (unsigned long long) (POOL_PAD_CELLS * token_bytes)));
-        }
-        cells = std::min<uint64_t>(cells, n_ctx);
-    }
-    if (cells == 0) {
-        invalid("no pool: set kv_pool (pool=2048 cells, pool=0.25 of n_ctx, or pool=512MiB)");
     }
     if (cells > n_ctx) {
         invalid(format("pool of %llu cells is larger than n_ctx %u: lower kv_pool, or use kv_policy=\"full\"", (unsigned long long) cells, n_ctx));

@@ -34,8 +34,11 @@ std::vector<group_spec> parse_groups(const std::string & text);
 
 constexpr uint32_t POOL_PAD_CELLS = 256; // CUDA's grouped attention kernels want n_kv % 256 == 0; get_n_kv pads to it
 
-// The pool in cells, a multiple of POOL_PAD_CELLS, at most n_ctx. Cells and ratios round up; bytes round down, since
-// they are a bound. token_bytes: K and V of one token in all layers. Throws error.
-uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx, uint64_t token_bytes);
+// A pool that is as large as its bytes allow: those that it was given, or (auto) that the devices have.
+bool is_pool_of_bytes(const asrkf_config & config);
+bool has_auto_pool(const asrkf_config & config);
+
+// Of a pool in cells or a part of n_ctx: cells, rounded up to a multiple of POOL_PAD_CELLS, at most n_ctx. Throws error.
+uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx);
 
 } // namespace asrkf

@@ -38,14 +38,27 @@ TEST(pool_forms, "a pool is cells, a fraction or bytes") {
 }
 
 TEST(pool_resolved, "cells and fractions round up to 256, bytes round down") {
-    CHECK(resolve_pool(config_parse("asrkf,pool=2000"), 8192, 1000) == 2048);
-    CHECK(resolve_pool(config_parse("asrkf,pool=0.25"), 8192, 1000) == 2048);
-    CHECK(resolve_pool(config_parse("asrkf,pool=0.26"), 8192, 1000) == 2304);
-    CHECK(resolve_pool(config_parse("asrkf,pool=1000000B"), 8192, 1000) == 768);
-    CHECK(resolve_pool(config_parse("asrkf,pool=1TiB"), 8192, 1000) == 8192);
-    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=9000"), 8192, 1000); }), "larger than n_ctx 8192"));
-    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=1000B"), 8192, 1000); }), "at least 256000 bytes"));
-    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf"), 8192, 1000); }), "no pool"));
+    CHECK(resolve_pool(config_parse("asrkf,pool=2000"), 8192) == 2048);
+    CHECK(resolve_pool(config_parse("asrkf,pool=0.25"), 8192) == 2048);
+    CHECK(resolve_pool(config_parse("asrkf,pool=0.26"), 8192) == 2304);
+    CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=9000"), 8192); }), "larger than n_ctx 8192"));
+}
+
+TEST(pool_of_bytes, "no pool, auto, bytes and a part of the F16 bytes are pools of bytes, which may choose their types; cells are not") {
+    for (const char * text : { "asrkf", "asrkf,pool=auto", "window,pool=1GiB", "asrkf,pool=33%", "aggressive", "default", "quality" }) {
+        CHECK(is_pool_of_bytes(config_parse(text)));
+        CHECK(config_parse(std::string(text) + ",types=auto").types == TYPES_AUTO);
+    }
+    for (const char * text : { "asrkf,pool=2048", "asrkf,pool=0.25", "asrkf,layers=0@512/1@256" }) {
+        CHECK(!is_pool_of_bytes(config_parse(text)) && !has_auto_pool(config_parse(text)));
+        CHECK(says(thrown([&] { config_parse(std::string(text) + ",types=auto"); }), "types=auto chooses by bytes"));
+    }
+    CHECK(has_auto_pool(config_parse("asrkf")) && has_auto_pool(config_parse("asrkf,pool=512,pool=auto")));
+    CHECK(!has_auto_pool(config_parse("default")) && !has_auto_pool(config_parse("asrkf,pool=1GiB")) && !has_auto_pool(config_parse("full")));
+    CHECK(config_parse("aggressive").pool_f16_percent == 12.5f && config_parse("asrkf,pool=33.3%").pool_f16_percent == 33.3f);
+    CHECK(says(thrown([] { config_parse("asrkf,pool=101%"); }), "at most 100%"));
+    CHECK(says(config_format(config_parse("asrkf")), "pool=auto") && says(config_format(config_parse("default")), "pool=33.3%"));
+    CHECK(config_parse(config_format(config_parse("asrkf,device_limit=8GiB"))).device_limit == 8ull << 30);
 }
 
 TEST(refusals, "errors name key, value and remedy") {

@@ -566,7 +566,7 @@ TEST(refusals, "a context that cannot be served is refused with the reason") {
         }
         CHECK(found);
     };
-    refused("asrkf", {}, "no pool");
+    refused("asrkf,device_limit=1MiB", {}, "the smallest pool, 256 of 2048 cells in f16, does not fit");
     refused("asrkf,pool=4096", {}, "larger than n_ctx 2048");
     refused("asrkf,pool=256,window=200", {}, "raise kv_pool to at least 512 or lower window");
     refused("asrkf,pool=512,pinned=0-400", {}, "raise kv_pool to at least 1024");
