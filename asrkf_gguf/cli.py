@@ -148,7 +148,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     runner.add_argument("--seed", type=int, default=1)
     runner.add_argument("--chat", action="store_true", help="use the model's chat template")
     runner.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
-    runner.add_argument("--kv-pool", type=pool_size, help="auto, cells, part of n_ctx, or bytes (default: what the policy says, else what fits the device)")
+    runner.add_argument("--kv-pool", type=pool_size, help="auto (what fits the device; the default), cells, part of n_ctx, or bytes")
     runner.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log")
     runner.set_defaults(function=run)
     shower = commands.add_parser("info", help="what this build can do, and what a model's cache needs")

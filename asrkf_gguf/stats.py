@@ -121,6 +121,10 @@ def _pool_choice(pointer: Any) -> str:
     return _native.ffi.string(out).decode()
 
 
+def _type_name(kind: int) -> str:
+    return gguf.GGMLQuantizationType(kind).name.lower() if kind >= 0 else ""
+
+
 def read_stats(context: Any) -> KVStats:
     """Stats of a llama_cpp context (its `ctx` pointer)."""
     pointer = _native.context_pointer(context)
@@ -134,7 +138,7 @@ def read_stats(context: Any) -> KVStats:
     special: dict[str, Any] = {
         "policy": POLICIES[raw.policy],
         "pool_choice": _pool_choice(pointer) if raw.policy else "",
-        **{name: "" if value < 0 else gguf.GGMLQuantizationType(value).name.lower() for name, value in (("type_k", raw.type_k), ("type_v", raw.type_v))},
+        **{name: _type_name(getattr(raw, name)) for name in ("type_k", "type_v")},
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
         "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},
         "groups": tuple(groups),
