@@ -9,7 +9,8 @@ from ._native import KVError, KVStatus
 from .config import FreezeConfig
 from .llama import Llama
 from .models import resolve_model
+from .plan import Plan, plan
 from .stats import GroupStats, KVStats, OutputEntropy
 
 __version__ = _native.ffi.string(_native.lib.asrkf_version()).decode()
-__all__ = ["FreezeConfig", "GroupStats", "KVError", "KVStats", "KVStatus", "Llama", "OutputEntropy", "resolve_model"]
+__all__ = ["FreezeConfig", "GroupStats", "KVError", "KVStats", "KVStatus", "Llama", "OutputEntropy", "Plan", "plan", "resolve_model"]

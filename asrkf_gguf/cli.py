@@ -17,6 +17,8 @@ from . import _native, calibrate
 from .config import POLICIES, FreezeConfig, PoolSize
 from .llama import Llama
 from .models import kv_bytes_per_token, resolve_model
+from .plan import add_arguments as add_plan_arguments
+from .plan import main as plan_main
 from .stats import MIB, KVStats
 
 
@@ -154,6 +156,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     shower = commands.add_parser("info", help="what this build can do, and what a model's cache needs")
     shower.add_argument("model", nargs="?", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
     shower.set_defaults(function=info)
+    planner = commands.add_parser("plan", help="does a model fit the device, or a card of a given size, and with which cache")
+    add_plan_arguments(planner)
+    planner.set_defaults(function=plan_main)
     calibrator = commands.add_parser("calibrate", help="measure a model's layers, for layers=two and layers=each")
     calibrate.add_arguments(calibrator)
     calibrator.set_defaults(function=calibrate.main)

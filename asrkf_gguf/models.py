@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import gguf
 import llama_cpp
@@ -88,6 +89,58 @@ def resolve_model(name: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{name} does not exist: pass the path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
     return path
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files of a split GGUF, or the one."""
+    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
+    return [path.with_name(f"{match[1]}-{i:05}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)] if match else [path]
+
+
+def header_of(name: str, folder: Path) -> Path:
+    """The header of "hf:OWNER/REPO[:QUANT]" (or hf:OWNER/REPO/FILE.gguf) as a sparse file of the true size in `folder`, of a split
+    model the headers of all parts: what a loader needs that reads no weights. The weights are not fetched.
+
+    ValueError, with what there is, if the choice is not clear; RuntimeError if the hub does not answer.
+    """
+    from huggingface_hub import HfFileSystem
+
+    repository, _, quant = name[3:].partition(":")
+    owner, _, rest = repository.partition("/")
+    repository, _, file = rest.partition("/")
+    if not owner or not repository:
+        raise ValueError(f"{name!r} is not hf:OWNER/REPO[:QUANT]")
+    hub = HfFileSystem()
+    try:
+        listed: Any = hub.glob(f"{owner}/{repository}/**.gguf", detail=True)
+        found = {path.split("/", 2)[2]: entry["size"] for path, entry in sorted(listed.items())}
+        firsts = [path for path in found if parts_of(Path(path))[0] == Path(path)]
+        wanted = [path for path in firsts if (path == file if file else quant.lower() in Path(path).name.lower())]
+        if len(wanted) != 1:
+            raise ValueError(f"{name}: {len(wanted)} files fit; there are: {', '.join(firsts) or 'none'}. Write hf:OWNER/REPO:QUANT, or /FILE.gguf")
+        for part in parts_of(Path(wanted[0])):
+            _fetch_header(hub, f"{owner}/{repository}/{part}", found[str(part)], folder / part.name)
+        return folder / Path(wanted[0]).name
+    except (OSError, KeyError) as error:  # requests' and httpx's errors are OSErrors or wrapped in them by the hub's library
+        raise RuntimeError(f"{name}: {error}") from error
+
+
+def _fetch_header(hub: Any, remote: str, n_bytes: int, local: Path) -> None:
+    """Read the beginning of a file, more of it until the whole header is there: a vocabulary alone takes megabytes."""
+    n_read = 0
+    while n_read < n_bytes:
+        n_wanted = min(n_bytes, max(16 << 20, 4 * n_read))
+        with local.open("ab" if n_read else "wb") as out:
+            out.truncate(n_read)
+            out.write(hub.cat_file(remote, start=n_read, end=n_wanted))
+            out.truncate(n_bytes)
+        n_read = n_wanted
+        try:
+            if gguf.GGUFReader(local).data_offset <= n_read:
+                return
+        except (ValueError, KeyError, IndexError, OverflowError) as error:
+            if n_read >= n_bytes or local.read_bytes()[:4] != b"GGUF":
+                raise ValueError(f"{remote} is not a GGUF file: {error}") from error
 
 
 def side_file_name(model_path: Path) -> str:

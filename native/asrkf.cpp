@@ -241,6 +241,22 @@ enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t gro
     return guarded([&] { need_struct(out, "out"); *out = need_engine(ctx).get_group_stats(group); });
 }
 
+enum asrkf_status asrkf_get_device_memory(struct llama_context * ctx, size_t i, struct asrkf_device_memory * out) {
+    return guarded([&] {
+        need_struct(out, "out");
+        need(ctx, "ctx");
+        const auto rows = device_memory(ctx);
+        if (i >= rows.size()) {
+            throw error(ASRKF_INVALID_ARGUMENT, format("the context uses %zu devices", rows.size()));
+        }
+        *out = rows[i];
+    });
+}
+
+enum asrkf_status asrkf_pretend_free(uint64_t bytes) {
+    return guarded([&] { pretend_free(bytes); });
+}
+
 enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
     return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_tokens(seq_id, group, out_pos, out_state, capacity); });
 }

@@ -9,6 +9,7 @@ Random weights say nothing about quality; they exercise shapes, cache types and 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -34,10 +35,12 @@ def write_llama(
     arch: str = "llama", metadata: dict[str, int | float | bool | str] | None = None,
     extra: dict[str, tuple[int, ...]] | None = None, without: tuple[str, ...] = (),
     matrices: dict[str, tuple[int, ...]] | None = None, values: dict[str, np.ndarray] | None = None,
+    kind_of: Callable[[str], gguf.GGMLQuantizationType] | None = None, untied: bool = False,
 ) -> None:
     """Write a `llama` model (RMSNorm, SwiGLU, RoPE, GQA, tied embeddings), or one of another architecture that differs by
     some metadata, extra F32 tensors of ones ("%d" in a name: one a layer), random matrices and F32 tensors of given values,
     and tensors that it is without (of layers: in all). n_head_kv may be a list: one a layer; a layer with none has no q, k and v.
+    With kind_of, each matrix has the type that it says, and the file is a header and a hole: all weights are zeros, and take no space.
     """
     heads_kv = n_head_kv if isinstance(n_head_kv, list) else [n_head_kv] * n_layer
     rng = np.random.default_rng(1)
@@ -66,15 +69,33 @@ def write_llama(
                 else:
                     writer.add_key_value(key, value, types[0])
 
+    hole_bytes = 0
+
     def add(name: str, shape: tuple[int, ...], scale: float) -> None:
+        if kind_of is not None:
+            add_hole(name, shape, kind_of(name))
+            return
         writer.add_tensor(name, random_tensor(rng, shape, kind, scale), raw_dtype=kind)
 
+    def add_hole(name: str, shape: tuple[int, ...], own: gguf.GGMLQuantizationType) -> None:
+        nonlocal hole_bytes
+        stored = gguf.quant_shape_to_byte_shape(shape, own)
+        n_bytes = int(np.prod(stored))
+        writer.add_tensor_info(name, stored, np.dtype(np.uint8), n_bytes, raw_dtype=own)
+        hole_bytes += -(-n_bytes // writer.data_alignment) * writer.data_alignment
+
     def add_ones(name: str, shape: tuple[int, ...]) -> None:
-        if name.split(".", 2)[-1] not in without and name not in without:
+        if name.split(".", 2)[-1] in without or name in without:
+            return
+        if kind_of is not None:
+            add_hole(name, shape, gguf.GGMLQuantizationType.F32)
+        else:
             writer.add_tensor(name, np.ones(shape, dtype=np.float32))
 
     head = n_embd // n_head
     add("token_embd.weight", (n_vocab, n_embd), 1.0)
+    if untied:
+        add("output.weight", (n_vocab, n_embd), n_embd**-0.5)
     add_ones("output_norm.weight", (n_embd,))
     for name, shape in (extra or {}).items():
         for il in range(n_layer if "%d" in name else 1):
@@ -98,8 +119,30 @@ def write_llama(
         add(f"blk.{il}.ffn_down.weight", (n_embd, n_ff), n_ff**-0.5)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
+    if kind_of is not None:
+        writer.write_ti_data_to_file()
+        writer.close()
+        size = -(-path.stat().st_size // writer.data_alignment) * writer.data_alignment
+        with path.open("r+b") as file:
+            file.truncate(size + hole_bytes)
+        return
     writer.write_tensors_to_file()
     writer.close()
+
+
+def kind_in_q4_k_m(name: str, n_layer: int) -> gguf.GGMLQuantizationType:
+    """Of a matrix in llama.cpp's mixture Q4_K_M."""
+    kinds = gguf.GGMLQuantizationType
+    layer = int(name.split(".")[1]) if name.startswith("blk.") else -1
+    more = layer < n_layer // 8 or layer >= 7 * n_layer // 8 or (layer - n_layer // 8) % 3 == 2
+    return kinds.Q6_K if name == "output.weight" or (name.endswith(("attn_v.weight", "ffn_down.weight")) and more) else kinds.Q4_K
+
+
+def write_llama3_shape(path: Path, n_ctx: int = 8192, n_layer: int = 32, vocab: Path | None = None) -> None:
+    """LLaMA-3 8B as Q4_K_M, or 3.1 8B (n_ctx=131072, with its rope factors): a header of the true sizes, no weights."""
+    factors = {"rope_freqs.weight": (64,)} if n_ctx > 8192 else {}
+    write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=n_ctx, rope_base=500000.0, vocab=vocab,
+                kind=gguf.GGMLQuantizationType.F32, kind_of=lambda name: kind_in_q4_k_m(name, n_layer), untied=True, extra=factors)
 
 
 def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
@@ -133,13 +176,15 @@ def write_lora(path: Path, *, n_layer: int = 2, n_embd: int = 256, rank: int = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("kind", choices=["tiny", "llama3"])
+    parser.add_argument("kind", choices=["tiny", "llama3", "llama3-header", "llama3.1-header"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab", type=Path, help="GGUF with LLaMA-3's tokenizer")
     parser.add_argument("--layers", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.kind == "tiny":
         write_tiny(arguments.out)
+    elif arguments.kind.endswith("-header"):
+        write_llama3_shape(arguments.out, 8192 if arguments.kind == "llama3-header" else 131072)
     else:
         write_llama3(arguments.out, arguments.vocab, arguments.layers)
 

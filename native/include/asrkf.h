@@ -188,6 +188,18 @@ struct asrkf_step {
     float    moves_seconds;
 };
 
+/* What a context has on one device: allocated, or for a model that was loaded with no_alloc, what would be. */
+struct asrkf_device_memory {
+    uint32_t struct_size;
+    uint32_t is_host;
+    uint64_t weights_bytes;
+    uint64_t cache_bytes;      /* K, V and index */
+    uint64_t compute_bytes;
+    uint64_t free_bytes;       /* now; of the host what the system says is available */
+    uint64_t margin_bytes;     /* that pool=auto would leave of that, or of what is pretended */
+    char     name[64];
+};
+
 /* States of a token in one layer group. */
 enum asrkf_token_state { ASRKF_TOKEN_ACTIVE = 0, ASRKF_TOKEN_ACTIVE_COPIED = 1, ASRKF_TOKEN_FROZEN = 2 };
 
@@ -271,6 +283,12 @@ ASRKF_API enum asrkf_status asrkf_get_pool_choice(struct llama_context * ctx, ch
 /* asrkf_get_stats() serves upstream's cache, too: policy ASRKF_POLICY_FULL, no groups to ask about. */
 ASRKF_API enum asrkf_status asrkf_get_stats      (struct llama_context * ctx, struct asrkf_stats * out);
 ASRKF_API enum asrkf_status asrkf_get_group_stats(struct llama_context * ctx, uint32_t group, struct asrkf_group_stats * out);
+
+/* Row i of the devices that a context uses; ASRKF_INVALID_ARGUMENT past the last. Serves upstream's cache, too. */
+ASRKF_API enum asrkf_status asrkf_get_device_memory(struct llama_context * ctx, size_t i, struct asrkf_device_memory * out);
+/* For planning: on this thread, until it is called with 0, pool=auto takes every device that holds K and V to have so many bytes
+ * free before the weights are there, and the RAM for frozen tokens to be enough. For contexts of models loaded with no_alloc. */
+ASRKF_API enum asrkf_status asrkf_pretend_free(uint64_t bytes);
 
 /* States of a sequence's tokens in one layer group, in order of position: positions to out_pos, enum
  * asrkf_token_state to out_state (either may be NULL), at most capacity of them; *out_n gets how many there are. */

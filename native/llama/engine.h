@@ -44,6 +44,11 @@ asrkf_stats upstream_stats(llama_context * ctx);
 // An output row of the last llama_decode(); throws as asrkf_output_entropy() says.
 asrkf_output output_of(llama_context * ctx, int32_t i);
 
+// By device, of any context.
+std::vector<asrkf_device_memory> device_memory(llama_context * ctx);
+// Bytes that pool=auto takes devices to have, in trials of this thread; 0: what they say.
+void pretend_free(uint64_t bytes);
+
 // What a calibration side file names its model by.
 std::string model_fingerprint(const llama_model * model);
 

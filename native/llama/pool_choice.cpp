@@ -1,10 +1,12 @@
 #include "llama/pool_choice.h"
 
 #include "llama/creation.h"
+#include "llama/engine.h"
 #include "llama/layout.h"
 #include "llama/scores.h"
 #include "scoring/relevance.h"
 
+#include "llama-context.h"
 #include "llama-impl.h"
 
 #include <algorithm>
@@ -16,7 +18,11 @@ namespace asrkf {
 namespace {
 
 // Kept free for what no buffer shows: a device's context, its libraries' workspace, other programs.
-constexpr uint64_t MARGIN_BYTES = 512ull << 20;
+uint64_t margin_of(uint64_t total_bytes) { return std::max<uint64_t>(512ull << 20, total_bytes/16); }
+
+thread_local uint64_t pretended_bytes = 0;
+
+bool pretends(const settings & config) { return config.no_alloc && pretended_bytes > 0; }
 
 std::string human(uint64_t bytes) {
     const double mib = double(bytes)/(1 << 20);
@@ -55,7 +61,10 @@ uint64_t compute_estimate(const settings & config, const llama_memory_params & p
             ggml_tensor * v = ggml_new_tensor_3d(ctx, params.type_v, hparams.n_embd_head_v(il), g.pool_cells, hparams.n_head_kv(il));
             ggml_tensor * mask = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, g.pool_cells, int64_t(n));
             ggml_tensor * out  = ggml_flash_attn_ext(ctx, q, k, v, mask, 1.0f, 0.0f, 0.0f);
-            attention    = std::max<uint64_t>(attention, ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(dev), out) + 2*ggml_nbytes(q));
+            // a GPU that is not here would copy a layer's K and V to F16 when it reads a prompt; one that is here says so itself
+            const bool copies = pretends(config) && is_cpu(dev) && ggml_is_quantized(params.type_k);
+            const uint64_t copied = copies ? (ggml_nelements(k) + ggml_nelements(v))*sizeof(ggml_fp16_t) : 0;
+            attention    = std::max<uint64_t>(attention, ggml_backend_buft_get_alloc_size(ggml_backend_dev_buffer_type(dev), out) + 2*ggml_nbytes(q) + copied);
             feed_forward = std::max<uint64_t>(feed_forward, 2*n*hparams.n_ff(il)*f32);
         }
     }
@@ -75,11 +84,19 @@ struct room {
     uint64_t           margin_bytes;
 };
 
+// By tensor: a mapped file's buffer also counts what was copied out of it.
 uint64_t weights_on(const llama_model & model, ggml_backend_dev_t dev, bool only_mapped) {
+    std::map<const ggml_tensor *, uint64_t> sizes; // a tied tensor has two names
+    for (const auto & [name, tensor] : model.tensors_by_name) {
+        ggml_backend_buffer_type_t buft = tensor->buffer ? ggml_backend_buffer_get_type(tensor->buffer) : nullptr;
+        const bool mapped = buft && std::string(ggml_backend_buft_name(buft)).find("Mapped") != std::string::npos;
+        if (buft && owner_of(buft) == dev && (mapped || !only_mapped)) {
+            sizes[tensor] = ggml_backend_buft_get_alloc_size(buft, tensor);
+        }
+    }
     uint64_t sum = 0;
-    for (const auto & [buft, bytes] : model.memory_breakdown()) {
-        const bool mapped = std::string(ggml_backend_buft_name(buft)).find("Mapped") != std::string::npos;
-        sum += owner_of(buft) == dev && (mapped || !only_mapped) ? bytes : 0;
+    for (const auto & [tensor, bytes] : sizes) {
+        sum += bytes;
     }
     return sum;
 }
@@ -89,13 +106,13 @@ uint64_t weights_on(const llama_model & model, ggml_backend_dev_t dev, bool only
 room room_on(const settings & config, ggml_backend_dev_t dev, bool limited) {
     const uint64_t weights = weights_on(config.model, dev, false);
     const uint64_t to_come = config.no_alloc ? weights : is_cpu(dev) ? weights_on(config.model, dev, true) : 0;
-    room r = { dev, free_bytes(dev) + weights - to_come, weights, 0 };
+    room r = { dev, pretends(config) ? pretended_bytes : free_bytes(dev) + weights - to_come, weights, 0 };
     if (limited && config.device_limit) {
         r.total_bytes = std::min<uint64_t>(r.total_bytes, config.device_limit);
     } else if (r.total_bytes == weights - to_come) {
         throw error(ASRKF_UNSUPPORTED, format("pool=auto: %s does not say how much memory it has free: set kv_pool, or device_limit=8GiB", ggml_backend_dev_name(dev)));
     }
-    r.margin_bytes = std::max(MARGIN_BYTES, r.total_bytes/16);
+    r.margin_bytes = margin_of(r.total_bytes);
     return r;
 }
 
@@ -110,7 +127,7 @@ struct rooms {
         }
         for (const auto & [dev, bytes] : devices) {
             all.push_back(room_on(asked, dev, true));
-            if (is_cpu(dev)) {
+            if (is_cpu(dev) && !pretends(asked)) {
                 ram = room_on(asked, dev, false);
             }
         }
@@ -332,6 +349,26 @@ uint64_t free_bytes(ggml_backend_dev_t dev) {
         std::fclose(file);
     }
     return available_kib ? std::min<uint64_t>(free, available_kib*1024) : free;
+}
+
+void pretend_free(uint64_t bytes) { pretended_bytes = bytes; }
+
+std::vector<asrkf_device_memory> device_memory(llama_context * ctx) {
+    std::vector<asrkf_device_memory> rows;
+    for (const auto & [buft, data] : ctx->memory_breakdown()) {
+        ggml_backend_dev_t dev = owner_of(buft);
+        const std::string name = ggml_backend_dev_name(dev);
+        auto row = std::find_if(rows.begin(), rows.end(), [&](const asrkf_device_memory & r) { return name == r.name; });
+        if (row == rows.end()) {
+            const uint64_t free = free_bytes(dev);
+            row = rows.insert(row, { sizeof(asrkf_device_memory), is_cpu(dev), 0, 0, 0, free, margin_of(pretended_bytes ? pretended_bytes : free), {} });
+            std::snprintf(row->name, sizeof(row->name), "%s", name.c_str());
+        }
+        row->weights_bytes += data.model;
+        row->cache_bytes   += data.context;
+        row->compute_bytes += data.compute;
+    }
+    return rows;
 }
 
 pool_choice choose_pool(const settings & asked, const llama_memory_params & params) {
