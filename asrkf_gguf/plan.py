@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from . import _compat, _native
 from .config import FreezeConfig
+from .llama import with_calibration
 from .models import header_of, parts_of, resolve_model
 from .stats import read_stats
 
@@ -69,7 +70,7 @@ class Plan:
     is_estimate: bool
     """The device is not here: compute buffers are those of a CPU, with what a GPU is known to add."""
     sides: tuple[Side, ...]
-    command: str
+    command: str = ""
 
 
 @contextlib.contextmanager
@@ -141,12 +142,15 @@ def plan(
     """
     if n_ctx < 0 or n_ubatch < 1:
         raise ValueError(f"n_ctx={n_ctx}, n_ubatch={n_ubatch}: n_ctx is 0 (the training's) or more, n_ubatch 1 or more")
-    policy = FreezeConfig.from_string(kv_policy).with_types(are_named=False).to_string()
+    config = FreezeConfig.from_string(kv_policy).with_types(are_named=False)
     with tempfile.TemporaryDirectory() as scratch:
         path = header_of(model, Path(scratch)) if model.startswith("hf:") else resolve_model(model)
+        policy = with_calibration(config, str(path)).to_string()
         with _trial(path, n_gpu_layers) as trial:
             n_trained = llama_cpp.llama_model_n_ctx_train(trial)
-            return _plan(model, path, trial, n_ctx or n_trained, n_trained, vram, policy, n_ubatch)
+            made = _plan(model, path, trial, n_ctx or n_trained, n_trained, vram, policy, n_ubatch)
+    command = f"asrkf run {model} -c {made.n_ctx}" + ("" if kv_policy == "asrkf" else f" --kv-policy {kv_policy}")
+    return made if made.sides[-1].refused else dataclasses.replace(made, command=command)
 
 
 def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: Union[int, str, None], policy: str, n_ubatch: int) -> Plan:
@@ -187,9 +191,7 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
     finally:
         _native.lib.asrkf_pretend_free(0)
     device = "a card that is not here" if is_elsewhere else _native.ffi.string((card or host).name).decode()
-    own = policy.replace(",types=auto", "")
-    command = "" if sides[-1].refused else f"asrkf run {name} -c {n_ctx}" + (f" --kv-policy {own}" if own != "asrkf" else "")
-    return Plan(name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides), command)
+    return Plan(name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides))
 
 
 def human(n_bytes: int) -> str:

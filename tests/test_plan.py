@@ -32,7 +32,7 @@ def shape(request, tmp_path: Path, smollm2) -> str:
     elif request.param == "windowed":
         write_gemma3(path)
     else:
-        write_tiny(path, n_layer=4, n_head_kv=[4, 2, 1, 2])
+        write_tiny(path, arch="deci", n_layer=4, n_head_kv=[4, 2, 1, 2])
     return str(path)
 
 
@@ -100,5 +100,5 @@ def test_bad_input_is_refused_in_one_line(tiny, capsys, arguments, part):
 
 
 def test_planning_leaves_nothing_for_the_next_context(tiny):
-    code = f"from asrkf_gguf import Llama, plan; plan({tiny!r}, 2048, vram='1GiB')\nprint(Llama({tiny!r}, n_ctx=512, verbose=False).kv_stats().policy)"
+    code = f"from asrkf_gguf import Llama, plan; plan({tiny!r}, vram='1GiB'); print(Llama({tiny!r}, n_ctx=512, verbose=False).kv_stats().policy)"
     assert python(code).stdout.strip() == "full"
