@@ -112,8 +112,8 @@ def header_of(name: str, folder: Path) -> Path:
         raise ValueError(f"{name!r} is not hf:OWNER/REPO[:QUANT]")
     hub = HfFileSystem()
     try:
-        listed: Any = hub.glob(f"{owner}/{repository}/**.gguf", detail=True)
-        found = {path.split("/", 2)[2]: entry["size"] for path, entry in sorted(listed.items())}
+        listed: Any = hub.find(f"{owner}/{repository}", detail=True)
+        found = {path.split("/", 2)[2]: entry["size"] for path, entry in sorted(listed.items()) if path.endswith(".gguf")}
         firsts = [path for path in found if parts_of(Path(path))[0] == Path(path)]
         wanted = [path for path in firsts if (path == file if file else quant.lower() in Path(path).name.lower())]
         if len(wanted) != 1:

@@ -12,22 +12,24 @@ from pathlib import Path
 
 import pytest
 from conftest import python
-from make_models import write_tiny
+from make_models import write_llama3_shape, write_tiny
+
+from asrkf_gguf.models import cache_folder
 
 REPOSITORY, FILE = "someone/tiny-GGUF", "tiny.Q4_0.gguf"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """One repository with one file."""
+    """One repository with a few files."""
 
     protocol_version = "HTTP/1.1"
-    content = b""
+    folder: Path
     asked: list[str]
 
     def answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content_Length": str(len(body)), **headers}.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command != "HEAD":
@@ -36,18 +38,21 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.asked.append(f"{self.command} {self.path}")
         name = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([^?]*)", self.path)
-        if name and name[1] == FILE:
-            known = {"ETag": f'"{hashlib.sha256(self.content).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            begin = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-            status = 206 if begin else 200
-            if begin:
-                known["Content-Range"] = f"bytes {begin}-{len(self.content) - 1}/{len(self.content)}"
-            self.answer(status, self.content[begin:], **known)
+        if name and (self.folder / name[1]).is_file():
+            file, asked = self.folder / name[1], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            begin, end = (int(asked[1]), int(asked[2] or file.stat().st_size - 1) + 1) if asked else (0, file.stat().st_size)
+            known = {"ETag": f'"{hashlib.sha256(name[1].encode()).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            if asked:
+                known["Content-Range"] = f"bytes {begin}-{end - 1}/{file.stat().st_size}"
+            with file.open("rb") as source:
+                source.seek(begin)
+                self.answer(206 if asked else 200, source.read(end - begin) if self.command == "GET" else b"", **known,
+                            Content_Length=str(end - begin))  # fmt: skip
+            self.asked.append(f"sent {end - begin if self.command == 'GET' else 0}")
         elif self.path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            entry = {"type": "file", "oid": "0" * 40, "size": len(self.content), "path": FILE}
-            self.answer(200, json.dumps([entry]).encode(), Content_Type="application/json")
+            self.answer(200, json.dumps(self.entries()).encode(), Content_Type="application/json")
         elif re.match(rf"/api/models/{REPOSITORY}(/revision/main)?(\?|$)", self.path):
-            about = {"_id": "1", "id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": FILE}]}
+            about = {"_id": "1", "id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": entry["path"]} for entry in self.entries()]}
             self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
         elif self.path.startswith(f"/{REPOSITORY}/"):
             self.answer(404, b"", X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
@@ -55,6 +60,14 @@ class Hub(BaseHTTPRequestHandler):
             self.answer(404, b"", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
 
     do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        """paths-info: which of these paths are there."""
+        paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
+        self.answer(200, json.dumps([entry for entry in self.entries() if entry["path"] in paths]).encode(), Content_Type="application/json")
+
+    def entries(self) -> list[dict[str, object]]:
+        return [{"type": "file", "oid": "0" * 40, "size": path.stat().st_size, "path": path.name} for path in sorted(self.folder.glob("*.gguf"))]
 
     def log_message(self, *_: object) -> None:
         """Quiet."""
@@ -65,7 +78,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
     """Its address, and what it was asked."""
     write_tiny(tmp_path / FILE)
     asked: list[str] = []
-    handler = type("TinyHub", (Hub,), {"content": (tmp_path / FILE).read_bytes(), "asked": asked})
+    handler = type("TinyHub", (Hub,), {"folder": tmp_path, "asked": asked})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", asked
@@ -105,3 +118,23 @@ def test_from_pretrained_makes_our_llama_with_its_policy(hub, tmp_path):
     result = ask(hub[0], tmp_path / "home", code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["asrkf_gguf.llama", "asrkf", "100"]
+
+
+def test_a_plan_reads_the_header_of_one_quantisation_and_no_weights(hub, tmp_path):
+    address, asked = hub
+    vocab = next(cache_folder().glob("llama.cpp-*")) / "models/ggml-vocab-llama-bpe.gguf"
+    write_llama3_shape(tmp_path / "big.Q4_K_M.gguf", vocab=vocab)  # 4.6 GiB with a vocabulary of megabytes, most of it a hole
+    code = "from asrkf_gguf import plan; import dataclasses, json; print(json.dumps(dataclasses.asdict(plan(%r, 8192, vram='8GiB'))['sides']))"
+    there = ask(address, tmp_path / "home", code % f"hf:{REPOSITORY}:q4_k_m")
+    assert there.returncode == 0, there.stderr
+    assert there.stdout == ask(address, tmp_path / "home", code % str(tmp_path / "big.Q4_K_M.gguf")).stdout
+    sent = sum(int(line.split()[1]) for line in asked if line.startswith("sent"))
+    assert (4 << 20) < sent < (70 << 20)
+
+
+def test_a_plan_lists_what_there_is_if_the_choice_is_not_clear(hub, tmp_path):
+    write_tiny(tmp_path / "tiny.Q8_0.gguf")
+    for name in (f"hf:{REPOSITORY}", f"hf:{REPOSITORY}:Q5_K_M", f"hf:{REPOSITORY}/none.gguf"):
+        result = ask(hub[0], tmp_path / "home", f"from asrkf_gguf.cli import main; raise SystemExit(main(['plan', {name!r}]))")
+        assert result.returncode == 1 and result.stderr.count("\n") == 1
+        assert "tiny.Q4_0.gguf, tiny.Q8_0.gguf" in result.stderr

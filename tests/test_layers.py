@@ -30,6 +30,7 @@ PYTHON = {
     "divergence": set(),
     "calibration": {"_native", "texts"},
     "llama": {"_compat", "_native", "calibration", "config", "models", "stats"},
+    "plan": {"_compat", "_native", "config", "llama", "models", "stats"},
     "calibrate": {"_compat", "_native", "calibration", "divergence", "models"},
     "bench.sides": {"config", "llama"},
     "bench.measure": {"bench.sides", "divergence", "llama"},
@@ -43,8 +44,8 @@ PYTHON = {
     "bench.command": {"bench.needles", "bench.plots", "bench.quality", "bench.sides", "bench.speed", "bench.tables", "models", "texts"},
     "bench": {"bench.command", "bench.records"},
     "serve": {"_compat", "_native", "config", "llama", "models", "stats"},
-    "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "serve", "stats"},
-    "__init__": {"_native", "config", "llama", "models", "stats"},
+    "cli": {"_native", "bench", "calibrate", "config", "llama", "models", "plan", "serve", "stats"},
+    "__init__": {"_native", "config", "llama", "models", "plan", "stats"},
 }
 
 
