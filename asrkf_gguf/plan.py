@@ -174,7 +174,9 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
             except ValueError as error:
                 return Side(label, refused=str(error))
             kind = stats.type_k or kind
-            cache, compute = (sum(getattr(row, field) for row in rows) for field in ("cache_bytes", "compute_bytes"))
+            cache, graphs = (sum(getattr(row, field) for row in rows) for field in ("cache_bytes", "compute_bytes"))
+            compute = stats.device_compute_bytes  # the model's graphs, and those of the scores, which count as the context's
+            cache -= max(0, compute - graphs)
             kv = cache - stats.device_index_bytes
             if is_elsewhere and kind != "f16":  # flash attention on a GPU copies a layer's K and V to F16 when it reads a prompt
                 layer_bytes = f16_bytes // llama_cpp.llama_model_n_layer(model)

@@ -131,9 +131,9 @@ TEST(types_by_bytes, "bytes buy all tokens in F16, else all in Q8_0, else a pool
     const seen f16 = look("default"), q8_0 = look("default,types=auto");
     CHECK(q8_0.stats.pool_cells > 3*f16.stats.pool_cells/2);
     CHECK(has(f16.choice, "(-ctk q8_0 -ctv q8_0) it would have " + std::to_string(q8_0.stats.pool_cells)));
-    for (const seen & s : { f16, q8_0 }) { // a bound, and nearly reached
+    for (const seen & s : { f16, q8_0 }) { // a bound, nearly reached: a group's budget is of units, an eighth of the pool for one of two layers
         const double third = 0.333*32*MIB, taken = double(s.stats.device_kv_bytes + s.stats.device_index_bytes);
-        CHECK(taken <= third && taken > 0.95*third);
+        CHECK(taken <= third && taken > 0.875*third);
     }
 }
 
