@@ -102,3 +102,19 @@ def test_bad_input_is_refused_in_one_line(tiny, capsys, arguments, part):
 def test_planning_leaves_nothing_for_the_next_context(tiny):
     code = f"from asrkf_gguf import Llama, plan; plan({tiny!r}, vram='1GiB'); print(Llama({tiny!r}, n_ctx=512, verbose=False).kv_stats().policy)"
     assert python(code).stdout.strip() == "full"
+
+
+def test_the_guides_table_of_cards_is_what_the_command_computes(tmp_path):
+    text = (Path(__file__).parent.parent / "docs/guide.md").read_text().split("<!-- cards:")[1].split("<!-- end of cards -->")[0]
+    header, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|"))
+    write_llama3_shape(tmp_path / "3 8B", 8192)
+    write_llama3_shape(tmp_path / "3.1 8B", 131072)
+    assert len(rows) == 6
+    for what, side, *cells in rows:
+        model, n_ctx = what.split(", ")
+        made = [plan(str(tmp_path / model), int(n_ctx), vram=size.replace(" ", "")) for size in header[2:]]
+        if side == "upstream":
+            computed = [next((s.kind for s in one.sides[:3] if not s.missing_bytes), "none") for one in made]
+        else:
+            computed = [f"{'all' if one.sides[-1].cells == one.n_ctx else one.sides[-1].cells}, {one.sides[-1].kind}" for one in made]
+        assert cells == computed, what
