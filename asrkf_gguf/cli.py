@@ -137,6 +137,8 @@ def info(arguments: argparse.Namespace) -> int:
 def make_parser(command: str) -> argparse.ArgumentParser:
     """The command line, with the options of `bench` and `serve` only for them: both need packages that nothing else does."""
     parser = argparse.ArgumentParser(prog="asrkf", description=__doc__)
+    version = _native.ffi.string(_native.lib.asrkf_version()).decode()
+    parser.add_argument("--version", action="version", version=f"asrkf {version}")
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run", help="generate text, streaming, with the cache's figures at the end")
     runner.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")

@@ -12,7 +12,7 @@ from conftest import python
 from make_models import write_llama, write_llama3_shape, write_tiny
 from test_windowed import write_gemma3
 
-from asrkf_gguf import plan
+from asrkf_gguf import __version__, plan
 from asrkf_gguf.cli import main
 
 F16 = gguf.GGMLQuantizationType.F16
@@ -34,6 +34,12 @@ def shape(request, tmp_path: Path, smollm2) -> str:
     else:
         write_tiny(path, arch="deci", n_layer=4, n_head_kv=[4, 2, 1, 2])
     return str(path)
+
+
+def test_a_pool_that_holds_everything_takes_what_upstream_takes(smollm2):
+    """No index, no scores, and compute buffers of the same size: the graph is upstream's."""
+    upstream, *_, ours = plan(smollm2, 8192).sides
+    assert (ours.kv_bytes, ours.index_bytes, ours.compute_bytes) == (upstream.kv_bytes, 0, upstream.compute_bytes)
 
 
 @pytest.mark.parametrize("shape", SHAPES, indirect=True)
@@ -97,6 +103,12 @@ def test_bad_input_is_refused_in_one_line(tiny, capsys, arguments, part):
     assert main(["plan", *(argument.format(tiny) for argument in arguments)]) == 1
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
+
+
+def test_the_version_is_the_librarys(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0 and capsys.readouterr().out.split() == ["asrkf", __version__]
 
 
 def test_planning_leaves_nothing_for_the_next_context(tiny):
