@@ -159,7 +159,7 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
         n_ctx = llama_cpp.llama_n_ctx(context)
     card = next((row for row in rows if not row.is_host), None)
     host = next((row for row in rows if row.is_host), rows[0])
-    device_bytes = _bytes(vram) if vram is not None else (card or host).free_bytes
+    device_bytes = _bytes(vram) if vram is not None else sum(row.free_bytes for row in rows if not row.is_host) or host.free_bytes
     weights = of_trial = sum(row.weights_bytes for row in rows if card is None or not row.is_host)
     beside = host.weights_bytes if card is not None else 0
     is_elsewhere = card is None and vram is not None
@@ -186,8 +186,8 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
             return Side(label, kind, stats.pool_cells, kv, stats.device_index_bytes, compute, max(0, needed - device_bytes), frozen)
 
         with _context(model, "full", "f16", n_ctx, n_ubatch) as context:
-            row = next(row for row in _devices(context) if card is None or not row.is_host)
-            margin, f16_bytes = row.margin_bytes, row.cache_bytes
+            there = [row for row in _devices(context) if card is None or not row.is_host]
+            margin, f16_bytes = sum(row.margin_bytes for row in there), sum(row.cache_bytes for row in there)
         sides = [side("upstream", "full", kind) for kind in KINDS]
         sides.append(side(policy.split(",")[0], policy, "f16"))
     finally:

@@ -357,6 +357,9 @@ std::vector<asrkf_device_memory> device_memory(llama_context * ctx) {
     std::vector<asrkf_device_memory> rows;
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         ggml_backend_dev_t dev = owner_of(buft);
+        if (!dev) {
+            continue;
+        }
         const std::string name = ggml_backend_dev_name(dev);
         auto row = std::find_if(rows.begin(), rows.end(), [&](const asrkf_device_memory & r) { return name == r.name; });
         if (row == rows.end()) {
