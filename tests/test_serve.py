@@ -189,21 +189,22 @@ def test_a_config_file_serves_models_and_one_that_cannot_be_loaded_leaves_the_ot
     models = [
         {"model": smollm2, "model_alias": "window", "kv_policy": "window", "kv_pool": 256, **options},
         {"model": "smollm2", "model_alias": "large pool", "kv_pool": 4096, **options},
-        {"model": "smollm2", "model_alias": "quarter", **options},
+        {"model": "smollm2", "model_alias": "what fits", **options},
     ]
     file = tmp_path / "models.json"
     file.write_text(json.dumps({"models": models}))
     with serving(tmp_path / "log", "--config-file", str(file)) as running:
-        assert [model.id for model in running.client.models.list()] == ["window", "large pool", "quarter"]
+        assert [model.id for model in running.client.models.list()] == ["window", "large pool", "what fits"]
         assert running.kv_stats()["kv"]["policy"] == "window"
         with pytest.raises(openai.APIStatusError, match="pool of 4096 cells is larger than n_ctx 1024"):
             running.complete("Hello", model="large pool")
         with pytest.raises(urllib.error.HTTPError) as refused:
             running.kv_stats()
         assert refused.value.code == 503 and "no model is loaded" in refused.value.read().decode()
-        assert running.complete("Hello", model="quarter").choices[0].text
+        assert running.complete("Hello", model="what fits").choices[0].text
         stats = running.kv_stats()
-        assert stats["model"] == "quarter" and stats["kv"]["policy"] == "asrkf" and stats["kv"]["pool_cells"] == 256
+        assert stats["model"] == "what fits" and stats["kv"]["policy"] == "asrkf" and stats["kv"]["pool_cells"] == 1024
+        assert "all 1024 cells in f16, nothing will be frozen" in stats["kv"]["pool_choice"]
 
 
 def refused_line(*arguments: str) -> str:
