@@ -19,6 +19,13 @@ struct error : std::runtime_error {
 // What a caller is told of any exception: an error's own text, and what helps where memory has run out.
 std::string text_of(const std::exception & e);
 
+// For one more element of what grows with the context: by an eighth, where a vector by itself takes twice its bytes.
+template <typename Vector> void make_room(Vector & values) {
+    if (values.size() == values.capacity()) {
+        values.reserve(values.size() + values.size() / 8 + 64);
+    }
+}
+
 std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 
 enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };

@@ -54,11 +54,8 @@ asrkf_group_stats figures::group_stats(uint32_t index) const {
     s.window              = g.rules[0].params.window;
     s.max_ubatch          = g.rules[0].max_ubatch();
     s.active_cells        = g.cache->n_used();
-    for (uint32_t id = 0; id < tokens.records.size(); ++id) {
-        const place & p = g.places[id];
-        s.active_copied_cells += p.cell >= 0 && p.slot >= 0;
-        s.frozen_cells        += p.cell < 0 && p.slot >= 0;
-    }
+    s.frozen_cells        = tokens.n_records() - g.cache->n_used(); // each has a slot, and other slots are copies of what is active
+    s.active_copied_cells = g.store ? uint32_t(g.store->n_used()) - s.frozen_cells : 0;
     s.sliding_window      = g.keeps_window ? config.model.hparams.n_swa : 0;
     s.token_bytes         = g.token_bytes;
     s.device_kv_bytes     = g.cache->device_bytes();

@@ -54,7 +54,13 @@ struct row_part {
 class layer_groups {
 public:
     layer_groups(const settings & config, std::vector<group> made, std::vector<uint32_t> of_layer)
-        : config(config), all(std::move(made)), by_layer(std::move(of_layer)) {}
+        : config(config), all(std::move(made)), by_layer(std::move(of_layer)), rankings(config.n_seq_max, ranking(config.ema, config.interval)) {
+        for (group & g : all) {
+            for (size_t seq = 0; seq < g.rules.size(); ++seq) {
+                g.rules[seq].follow(rankings[seq]);
+            }
+        }
+    }
 
     size_t size() const { return all.size(); }
     auto begin()        { return all.begin(); }
@@ -65,6 +71,7 @@ public:
     const group & operator[](size_t ig) const { return all[ig]; }
     const group & first() const { return all[0]; }
     uint32_t      of_layer(uint32_t il) const { return by_layer[il]; }
+    ranking &     ranks_of(uint32_t seq) { return rankings[seq]; } // what the policies of one sequence know alike
     const group & named(uint32_t ig) const; // throws error(ASRKF_INVALID_ARGUMENT)
 
     // A sequence's share of the pool when all are there.
@@ -96,6 +103,7 @@ private:
     const settings &      config;
     std::vector<group>    all;
     std::vector<uint32_t> by_layer;
+    std::vector<ranking>  rankings; // by sequence
 
 public:
     std::unique_ptr<row_mover> mover; // of all groups, whose stores it fills: the last member; null in a context without memory (no_alloc)

@@ -174,6 +174,9 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     const uint32_t all  = padded(config.n_ctx_seq), each = others[0].pool_cells >= config.n_ctx ? all : std::min(all, padded(share));
     group g = make_group(config, rules, layers, config.unified ? std::min(all, config.n_seq_max*each) : config.n_seq_max*each);
     g.keeps_window = true;
+    for (policy & rule : g.rules) {
+        rule.params.heeds_pins = false;
+    }
     return g;
 }
 

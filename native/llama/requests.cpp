@@ -24,7 +24,7 @@ void requests::check_unprotected(const sequence & s, uint32_t begin, uint32_t en
         for (uint32_t i = begin; i < end && !g.keeps_window; ++i) {
             if (rule.is_protected(i, pos_end)) {
                 throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
-                        rule.pos(i), rule.params.sinks, pos_end - llama_pos(rule.params.window)));
+                        tokens.records[s.records[i]].pos, rule.params.sinks, pos_end - llama_pos(rule.params.window)));
             }
         }
     }
@@ -95,10 +95,11 @@ void requests::pin(int32_t seq_id, int32_t p0, int32_t p1, bool pinned) {
     }
     s.pinned = after;
     const uint32_t begin = tokens.lower_bound(s, p0), end = tokens.lower_bound(s, p1);
+    for (uint32_t i = begin; i < end; ++i) {
+        groups.ranks_of(s.id).set_pinned(i, pinned);
+    }
     for (group & g : groups) {
-        for (uint32_t i = begin; i < end && !g.keeps_window; ++i) {
-            g.rules[s.id].set_pinned(i, pinned);
-        }
+        g.rules[s.id].recheck();
     }
 }
 

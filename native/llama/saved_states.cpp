@@ -301,6 +301,9 @@ void saved_states::replace(llama_seq_id seq_id, const std::vector<arrival> & arr
     }
     slots.clear();
     for (const saved_sequence & s : saved) {
+        if (!s.rules.empty()) {
+            groups.ranks_of(s.id).load(s.rules[0]); // all groups have the same scores
+        }
         for (size_t ig = 0; ig < groups.size() && !s.rules.empty(); ++ig) { // of other groups: one ranking serves them all
             groups[ig].rules[s.id].load(s.rules[std::min(ig, s.rules.size() - 1)]);
         }

@@ -215,14 +215,22 @@ void scores::fold_in() {
     const float n_scored = float(pending.size());
     for (const uint32_t seq : pending) {
         const sequence & s = tokens.sequences[seq];
+        ranking & ranks = groups.ranks_of(seq);
+        const float keep = ranks.average_weight();
+        const auto give = [&](auto & to, uint32_t i) {
+            const uint32_t row = (*tokens.index)[s.records[i]];
+            if (row < n_arrived) { // a token of this very call may be newer
+                const float share = n_scored / float(tokens.index->tokens_of(row));
+                to.observe(i, means[row]*share, peaks[row]*share, keep);
+            }
+        };
+        for (uint32_t i = 0; i < s.n_tokens(); ++i) { // once, for all groups
+            give(ranks, i);
+        }
         for (group & g : groups) {
-            const float keep = g.rules[seq].average_weight();
-            for (uint32_t i = 0; i < s.n_tokens() && g.rules[seq].params.wants_scores(); ++i) {
-                const uint32_t row = (*tokens.index)[s.records[i]];
-                if (row < n_arrived) { // a token of this very call may be newer
-                    const float share = n_scored / float(tokens.index->tokens_of(row));
-                    g.rules[seq].observe(i, means[row]*share, peaks[row]*share, keep);
-                }
+            policy & rule = g.rules[seq];
+            for (uint32_t w = 0; rule.has_own_scores() && w < rule.active_tokens().n_words(); ++w) {
+                token_set::each(w, rule.active_tokens().word(w), [&](uint32_t i) { give(rule, i); });
             }
         }
     }

@@ -26,6 +26,10 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
         }
     }
     s.records.erase(s.records.begin() + begin, s.records.begin() + end);
+    groups.ranks_of(seq).erase(begin, end);
+    if (s.records.empty()) {
+        groups.ranks_of(seq).clear();
+    }
     for (group & g : groups) {
         g.rules[seq].erase(begin, end);
         g.unseal(seq, begin, config.block);
@@ -101,6 +105,7 @@ void sequence_ops::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_
             continue;
         }
         const uint32_t at = tokens.insert(to, ids[i]);
+        groups.ranks_of(to.id).copy_token(at, groups.ranks_of(from.id), begin + i);
         for (group & g : groups) {
             g.rules[size_t(dst)].copy_token(at, g.rules[size_t(src)], begin + i, !config.unified);
             if (config.unified && !g.rules[size_t(dst)].is_frozen(at)) {
@@ -123,6 +128,7 @@ void sequence_ops::clear(bool data) {
         s.output = 0;
         s.why.clear();
         s.fault.clear();
+        groups.ranks_of(s.id).clear();
     }
     for (group & g : groups) {
         g.cache->clear(data);

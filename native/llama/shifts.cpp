@@ -67,19 +67,20 @@ void shifts::own_shared(sequence & s, uint32_t begin, uint32_t end) {
 void shifts::book(sequence & s, uint32_t begin, const std::vector<uint32_t> & ids, const std::vector<int32_t> & by) {
     for (size_t n = 0; n < ids.size(); ++n) {
         tokens.records[ids[n]].pos += by[n];
+        groups.ranks_of(s.id).move_to(begin + uint32_t(n), tokens.records[ids[n]].pos);
         for (group & g : groups) {
-            g.rules[s.id].move_to(begin + uint32_t(n), tokens.records[ids[n]].pos);
             if (g.places[ids[n]].cell >= 0) {
                 g.cache->move_to(uint32_t(g.places[ids[n]].cell), tokens.records[ids[n]].pos);
             }
         }
     }
     reorder(s);
+    for (uint32_t i = 0; i < s.n_tokens(); ++i) {
+        groups.ranks_of(s.id).set_pinned(i, contains(s.pinned, tokens.records[s.records[i]].pos)); // pins are of positions
+    }
     for (group & g : groups) {
         g.unseal(s.id, begin, config.block);
-        for (uint32_t i = 0; i < s.n_tokens() && !g.keeps_window; ++i) {
-            g.rules[s.id].set_pinned(i, contains(s.pinned, tokens.records[s.records[i]].pos)); // pins are of positions
-        }
+        g.rules[s.id].recheck();
     }
 }
 
@@ -97,6 +98,7 @@ void shifts::reorder(sequence & s) {
         sorted.push_back(s.records[i]);
     }
     s.records = sorted;
+    groups.ranks_of(s.id).reorder(order);
     for (group & g : groups) {
         g.rules[s.id].reorder(order);
     }

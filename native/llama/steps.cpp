@@ -290,6 +290,10 @@ void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, p
         ids.push_back(tokens.new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, users));
     }
     tokens.in_flight = ids;
+    for (const part & p : parts) {
+        const bool scores = std::find(step.side.scored.begin(), step.side.scored.end(), p.seq) != step.side.scored.end();
+        groups.ranks_of(p.seq).advance(uint32_t(p.tokens.size()), scores);
+    }
     for (uint32_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
         g.cache->apply_ubatch(step.slots[ig], ubatch);
@@ -297,8 +301,7 @@ void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, p
             g.places[ids[i]] = { int32_t(g.cache->cell_at(step.slots[ig], i)), -1 };
         }
         for (const part & p : parts) {
-            const bool scores = std::find(step.side.scored.begin(), step.side.scored.end(), p.seq) != step.side.scored.end();
-            g.rules[p.seq].advance(uint32_t(p.tokens.size()), scores);
+            g.rules[p.seq].advance(uint32_t(p.tokens.size()));
         }
     }
 }

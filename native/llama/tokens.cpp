@@ -49,8 +49,10 @@ std::pair<uint32_t, uint32_t> token_table::range(int32_t seq_id, int32_t p0, int
 uint32_t token_table::take_record() {
     if (free_records.empty()) {
         free_records.push_back(uint32_t(records.size()));
+        make_room(records);
         records.emplace_back();
         for (group & g : groups) {
+            make_room(g.places);
             g.places.emplace_back();
         }
     }
@@ -94,11 +96,12 @@ uint32_t token_table::insert(sequence & s, uint32_t id) {
     s.records.insert(s.records.begin() + i, id);
     records[id].users.set(s.id);
     const bool is_pinned = contains(s.pinned, pos);
+    groups.ranks_of(s.id).insert(i, pos);
+    groups.ranks_of(s.id).set_pinned(i, is_pinned);
     for (group & g : groups) {
-        policy & rule = g.rules[s.id];
-        rule.insert(i, pos);
-        if (is_pinned && !g.keeps_window) {
-            rule.set_pinned(i, true);
+        g.rules[s.id].insert(i);
+        if (is_pinned) {
+            g.rules[s.id].recheck();
         }
         g.unseal(s.id, i, config.block);
     }

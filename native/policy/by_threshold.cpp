@@ -5,39 +5,28 @@
 
 namespace asrkf {
 
-void policy::decide_by_threshold(plan & result, uint32_t capacity, int32_t pos_end) const {
+void policy::decide_by_threshold(plan & result, uint32_t capacity, span h) const {
     std::vector<uint32_t> stays;
-    std::vector<uint32_t> expired;
-    for (uint32_t i = 0; i < n_tokens(); ++i) {
-        const token & t = tokens[i];
-        if (is_protected(i, pos_end)) {
-            continue;
-        }
-        if (t.frozen) {
-            if (!t.held && (t.wake <= decision || t.returns)) {
-                expired.push_back(i);
+    for (uint32_t w = h.begin / 64; w*64 < h.end; ++w) {
+        token_set::each(w, history_of(w, h) & active.word(w), [&](uint32_t i) {
+            const bool flagged = rank(i) < params.tau;
+            if (flagged) {
+                result.flagged.push_back(i);
             }
-        } else if (rank(i) < params.tau) {
-            result.flagged.push_back(i);
-            (timer(t.count + 1) >= 1 ? result.freeze : stays).push_back(i);
-        } else {
-            stays.push_back(i);
-        }
+            (flagged && timer(histories[i].count + 1) >= 1 ? result.freeze : stays).push_back(i);
+        });
     }
-    // the hard bound, which the paper does not have
-    const std::vector<float> ranks = all_ranks();
-    const auto better = [&](uint32_t a, uint32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a > b; };
-    if (stays.size() > capacity) {
-        select(stays, capacity, better);
+    if (stays.size() > capacity) { // the hard bound, which the paper does not have
+        select(stays, capacity, [&](uint32_t a, uint32_t b) {
+            const float of_a = rank(a), of_b = rank(b);
+            return of_a != of_b ? of_a > of_b : a > b;
+        });
         result.freeze.insert(result.freeze.end(), stays.begin() + capacity, stays.end());
         stays.resize(capacity);
     }
-    const size_t n_back = std::min<size_t>(expired.size(), capacity - stays.size());
-    select(expired, n_back, [&](uint32_t a, uint32_t b) {
-        return tokens[a].wake != tokens[b].wake ? tokens[a].wake < tokens[b].wake : a < b;
-    });
-    for (size_t i = 0; i < n_back; ++i) {
-        result.restore.push_back({ expired[i], cause::timer });
+    const auto in_history = [&](uint32_t i) { return history_of(i / 64, h) >> (i % 64) & 1; };
+    for (const uint32_t i : first_expired(capacity - stays.size(), in_history)) {
+        result.restore.push_back({ i, cause::timer });
     }
 }
 

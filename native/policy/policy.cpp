@@ -59,125 +59,133 @@ void policy::resize(uint32_t pool_cells) {
     params.window     = window;
 }
 
-void policy::insert(uint32_t index, int32_t pos) {
-    token t;
-    t.pos = pos;
-    tokens.insert(tokens.begin() + index, t);
+void policy::insert(uint32_t i) {
+    active.insert(i, true);
+    held.insert(i, false);
+    returns.insert(i, false);
+    make_room(since);
+    since.insert(since.begin() + i, uint16_t(0));
+    if (has_histories()) {
+        make_room(histories);
+        histories.insert(histories.begin() + i, history());
+    }
+    waiting_stale |= i + 1 < n_tokens();
 }
 
-void policy::copy_token(uint32_t index, const policy & from, uint32_t from_token, bool frozen_copy) {
-    if (tokens.size() == 1) {
+void policy::copy_token(uint32_t i, const policy & from, uint32_t from_token, bool frozen_copy) {
+    if (n_tokens() == 1) {
         decision = from.decision;
     }
     const auto rebase = [&](uint32_t at) { return uint32_t(std::max<int64_t>(0, int64_t(at) - from.decision + decision)); };
-    token & t = tokens[index];
-    const token own = t;
-    t = from.tokens[from_token];
-    t.pos         = own.pos;
-    t.pinned      = own.pinned;
-    t.wake        = rebase(t.wake);
-    t.grace       = rebase(t.grace);
-    t.frozen_at   = rebase(t.frozen_at);
-    t.recalled_at = 0;
-    frozen_count += t.frozen - own.frozen;
-    protection_changed = true;
+    const bool frozen = from.is_frozen(from_token);
+    active.put(i, !frozen);
+    held.put(i, from.held.has(from_token));
+    returns.put(i, from.returns.has(from_token));
+    returning |= returns.has(i);
+    since[i] = frozen ? uint16_t(rebase(from.decision - from.age(from_token))) : uint16_t(0);
+    if (has_histories()) {
+        histories[i] = from.histories[from_token];
+        histories[i].until = rebase(histories[i].until);
+    }
+    waiting_stale = protection_changed = true;
     if (frozen_copy) {
-        set_frozen_copy(index);
+        set_frozen_copy(i);
     }
 }
 
-void policy::set_frozen_copy(uint32_t index) {
-    token & t = tokens[index];
-    if (!t.frozen) {
-        t.frozen = t.returns = returning = protection_changed = true;
-        frozen_count++;
+void policy::set_frozen_copy(uint32_t i) {
+    if (is_frozen(i)) {
+        return;
     }
-}
-
-void policy::move_to(uint32_t index, int32_t pos) {
-    tokens[index].pos  = pos;
-    protection_changed = true;
+    set_frozen(i, true, held.has(i));
+    returns.put(i, true);
+    returning = protection_changed = true;
 }
 
 void policy::reorder(const std::vector<uint32_t> & order) {
-    std::vector<token> before = std::move(tokens);
-    tokens.clear();
-    for (const uint32_t i : order) {
-        tokens.push_back(before[i]);
-    }
+    active.reorder(order);
+    held.reorder(order);
+    returns.reorder(order);
+    const auto moved = [&](auto & values) {
+        const auto before = values;
+        for (size_t i = 0; i < values.size(); ++i) {
+            values[i] = before[order[i]];
+        }
+    };
+    moved(since);
+    moved(histories);
+    waiting_stale = true;
 }
 
 void policy::erase(uint32_t begin, uint32_t end) {
-    for (uint32_t i = begin; i < end; ++i) {
-        frozen_count -= tokens[i].frozen;
+    active.erase(begin, end);
+    held.erase(begin, end);
+    returns.erase(begin, end);
+    since.erase(since.begin() + begin, since.begin() + end);
+    if (has_histories()) {
+        histories.erase(histories.begin() + begin, histories.begin() + end);
     }
-    tokens.erase(tokens.begin() + begin, tokens.begin() + end);
+    waiting_stale = true;
     protection_changed = true; // the window moved back over tokens that may be frozen
 }
 
 void policy::clear() {
-    tokens.clear();
-    frozen_count = decision = tokens_since_decide = tokens_since_score = 0;
+    erase(0, n_tokens());
+    decision = tokens_since_decide = 0;
     redundant_count    = 0;
     protection_changed = returning = false;
 }
 
-void policy::set_pinned(uint32_t index, bool pinned) {
-    tokens[index].pinned = pinned;
-    protection_changed   = true;
-}
-
-void policy::set_frozen(uint32_t index, bool frozen, bool held) {
-    token & t = tokens[index];
-    frozen_count += uint32_t(frozen) - uint32_t(t.frozen);
-    t.frozen  = frozen;
-    t.held    = held;
-    t.returns = false;
-}
-
-float policy::average_weight() const { return std::pow(params.ema, std::max(1.0f, float(tokens_of_score) / float(params.interval))); }
-
-void policy::observe(uint32_t index, float score, float peak, float keep) {
-    token & t = tokens[index];
-    if (!std::isfinite(score) || !std::isfinite(peak) || (t.frozen && !params.recall)) { // a NaN has no order, and would stay in the average
-        return;
+void policy::set_frozen(uint32_t i, bool frozen, bool is_held) {
+    active.put(i, !frozen);
+    held.put(i, is_held);
+    returns.put(i, false);
+    since[i] = 0;
+    if (has_timers()) { // nobody's timer: at once
+        histories[i].until = frozen ? decision : 0;
+        waiting_stale |= frozen && !is_held;
     }
-    t.peak     = peak;
-    t.score    = t.observed ? keep*t.score + (1 - keep)*score : score;
-    t.observed = true;
 }
 
-bool policy::is_protected(uint32_t index, int32_t pos_end) const {
-    const token & t = tokens[index];
-    return index < params.sinks || t.pinned || t.pos >= pos_end - int64_t(params.window);
+policy::span policy::history_before(int32_t pos_end) const {
+    const uint32_t begin = std::min(params.sinks, n_tokens());
+    return { begin, std::max(begin, ranks->lower_bound(pos_end - int64_t(params.window))), params.heeds_pins && ranks->pinned().n_in() > 0 };
 }
 
-float policy::rank(uint32_t index) const {
-    const token & t = tokens[index];
+bool policy::is_protected(uint32_t i, int32_t pos_end) const {
+    const span h = history_before(pos_end);
+    return i < h.begin || i >= h.end || (h.has_pins && ranks->pinned().has(i));
+}
+
+float policy::own_rank(uint32_t i) const {
     switch (params.score) {
-        case SCORE_RANDOM:  return float(mix(mix((uint64_t(params.seed) << 32) ^ decision) ^ uint64_t(t.pos)) >> 40);
-        case SCORE_RECENCY: return float(index);
+        case SCORE_RANDOM:  return float(mix(mix((uint64_t(params.seed) << 32) ^ decision) ^ uint64_t(ranks->pos(i))) >> 40);
+        case SCORE_RECENCY: return float(i);
         case SCORE_NONE:    return 0;
-        // a token that no step has scored yet is not known to be unimportant
-        default:            return !t.observed ? std::numeric_limits<float>::max() : t.frozen ? t.score : t.score*(1 + params.hysteresis);
+        default:            return rank_of(i, histories[i].score);
     }
-}
-
-// Sorting looks at them many times.
-std::vector<float> policy::all_ranks() const {
-    std::vector<float> ranks(n_tokens());
-    for (uint32_t i = 0; i < n_tokens(); ++i) {
-        ranks[i] = rank(i);
-    }
-    return ranks;
 }
 
 uint32_t policy::timer(uint32_t count) const {
     return uint32_t(std::min(std::floor(std::sqrt(double(count)) / params.softness), 1e9));
 }
 
+// Timers anew, where tokens have other numbers than when theirs began.
+void policy::start_timers() const {
+    if (!waiting_stale) {
+        return;
+    }
+    waiting.clear();
+    for (uint32_t i = 0; i < histories.size(); ++i) {
+        if (is_frozen(i) && !held.has(i)) {
+            waiting[histories[i].until].push_back(i);
+        }
+    }
+    waiting_stale = false;
+}
+
 bool policy::scores_due(uint32_t n_new) const {
-    if (!params.wants_scores() || tokens_since_score + n_new < params.interval) {
+    if (!params.wants_scores() || ranks->n_since_score() + n_new < params.interval) {
         return false;
     }
     // a pool with room for this step, one like it, and a few decisions more has nothing to choose yet
@@ -188,21 +196,15 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
     plan result;
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_to_choose = frozen_count == 0 && !params.threshold && n_free >= int64_t(n_new) + params.interval;
+    const bool nothing_to_choose = n_frozen() == 0 && !params.threshold && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }
-    const int32_t pos_end = pos_new + int32_t(n_new);
-
-    uint64_t n_protected = 0;
-    for (uint32_t i = 0; i < n_tokens(); ++i) {
-        if (is_protected(i, pos_end)) {
-            n_protected++;
-            if (tokens[i].frozen) {
-                result.restore.push_back({ i, cause::window });
-            }
-        }
-    }
+    const span h = history_before(pos_new + int32_t(n_new));
+    const uint32_t n_pinned = h.has_pins ? ranks->pinned().count(h.begin, h.end) : 0;
+    const uint64_t n_protected = uint64_t(n_tokens()) - (h.end - h.begin) + n_pinned;
+    restore_protected(result, h);
+    const uint32_t n_judged = n_active() - uint32_t(n_protected - result.restore.size()); // active history
     if (n_protected + n_new > params.pool_cells) {
         throw error(ASRKF_POOL_FULL, format("pool of %u cells cannot hold %llu protected tokens (sinks, window, pinned) and %u new ones: "
                 "raise kv_pool, lower window or n_batch, or unpin positions", params.pool_cells, (unsigned long long) n_protected, n_new));
@@ -214,59 +216,81 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
     result.decided = true;
     result.why     = why;
     if (params.threshold) {
-        decide_by_threshold(result, capacity, pos_end);
+        decide_by_threshold(result, capacity, h);
     } else {
-        decide_by_budget(result, capacity, pos_end, why, frugal);
+        decide_by_budget(result, capacity, h, n_judged, why, frugal);
     }
     std::sort(result.freeze.begin(), result.freeze.end());
     return result;
+}
+
+// Sinks, window and pinned tokens that are frozen come back whatever their score.
+void policy::restore_protected(plan & result, span h) const {
+    const auto look = [&](uint32_t begin, uint32_t end, bool pinned_only) {
+        for (uint32_t w = begin / 64; w*64 < end; ++w) {
+            const uint64_t frozen = token_set::within(w, begin, end) & ~active.word(w);
+            token_set::each(w, pinned_only ? frozen & ranks->pinned().word(w) : frozen, [&](uint32_t i) { result.restore.push_back({ i, cause::window }); });
+        }
+    };
+    look(0, h.begin, false);
+    if (h.has_pins) {
+        look(h.begin, h.end, true);
+    }
+    look(h.end, n_tokens(), false);
 }
 
 void policy::commit(const plan & done) {
     if (!done.decided) {
         return;
     }
+    start_timers();
     for (const uint32_t i : done.flagged) {
-        tokens[i].count++;
+        histories[i].count++;
     }
     for (const uint32_t i : done.freeze) {
-        token & t = tokens[i];
-        if (!params.threshold) {
-            t.count++;
-        }
-        t.wake      = decision + std::max(1u, timer(t.count));
-        t.frozen_at = decision;
-        redundant_count += t.recalled_at != 0 && t.recalled_at + 1 >= decision;
+        redundant_count += since[i] != 0 && age(i) <= 1;
         set_frozen(i, true, false);
-    }
-    if (done.why == occasion::full_reset) { // the paper's: all freeze durations are cleared
-        for (token & t : tokens) {
-            t.count = 0;
-            t.wake  = decision;
+        since[i] = uint16_t(decision);
+        if (has_timers()) {
+            histories[i].count += !params.threshold;
+            histories[i].until  = decision + std::max(1u, timer(histories[i].count));
+            waiting[histories[i].until].push_back(i);
         }
+    }
+    waiting_stale = done.why == occasion::full_reset && has_timers();
+    for (uint32_t i = 0; waiting_stale && i < n_tokens(); ++i) { // the paper's: all freeze durations are cleared
+        histories[i].count = 0;
+        histories[i].until = is_frozen(i) ? decision : histories[i].until;
     }
     for (const restoration & r : done.restore) {
         set_frozen(r.token, false, false);
-        tokens[r.token].recalled_at = r.why == cause::recall ? decision : 0;
-        tokens[r.token].grace = r.why == cause::timer && !params.threshold ? decision + params.timer_grace : 0;
+        since[r.token] = r.why == cause::recall ? uint16_t(decision) : uint16_t(0);
+        if (has_timers() && r.why == cause::timer && !params.threshold) {
+            histories[r.token].until = decision + params.timer_grace;
+        }
     }
+    forget_ended_timers();
     decision++;
     tokens_since_decide = 0;
     protection_changed  = false;
+    highest_going       = done.highest_going;
+    lowest_coming       = done.lowest_coming;
     if (returning) { // what has not fitted waits as the others do
-        for (token & t : tokens) {
-            t.returns = false;
-        }
+        returns.assign(n_tokens());
         returning = false;
     }
 }
 
-void policy::advance(uint32_t n_new, bool scored) {
-    tokens_since_decide += n_new;
-    tokens_since_score += n_new;
-    if (scored) {
-        tokens_of_score    = tokens_since_score;
-        tokens_since_score = 0;
+// Of those that have ended, the entries of tokens that are back: so what is looked at first is still frozen.
+void policy::forget_ended_timers() {
+    while (!waiting.empty() && waiting.begin()->first <= decision) {
+        const uint32_t ended = waiting.begin()->first;
+        std::vector<uint32_t> & list = waiting.begin()->second;
+        list.erase(std::remove_if(list.begin(), list.end(), [&](uint32_t i) { return !is_frozen(i) || histories[i].until != ended; }), list.end());
+        if (!list.empty()) {
+            break;
+        }
+        waiting.erase(waiting.begin());
     }
 }
 

@@ -1,8 +1,10 @@
 // The freeze policy of one sequence in one layer group: numbers in, decisions out. Knows no tensor, no cell and no
 // llama.cpp. Where several sequences share a pool, each decides about its share of it, which may change.
 //
-// Tokens are numbered by order of position (0 is the oldest). A decision is prepared by decide(), which changes
-// nothing, and takes effect by commit(), after the engine has moved the bytes.
+// Positions, pins and scores are alike in all groups of a sequence: its ranking has them (ranking.h). Here is what differs:
+// who is active, and for methods with timers what each token has behind it. Tokens are numbered by order of position (0 is
+// the oldest). A decision is prepared by decide(), which changes nothing, and takes effect by commit(), after the engine
+// has moved the bytes. What a decision costs goes by the tokens near its threshold, and by words of 64 tokens for the rest.
 //
 // Two drivers:
 // - budget (asrkf and the controls window and random): every `interval` tokens keep the best-scored history that fits
@@ -17,8 +19,11 @@
 #pragma once
 
 #include "policy/config.h"
+#include "policy/ranking.h"
 
+#include <algorithm>
 #include <cstdint>
+#include <map>
 #include <vector>
 
 namespace asrkf {
@@ -42,6 +47,7 @@ struct policy_params {
     uint32_t   timer_grace   = 1;
     float      tau           = 0;
     uint32_t   seed          = 0;
+    bool       heeds_pins    = true;
 
     bool wants_scores() const { return score == SCORE_ATTENTION || score == SCORE_MAGNITUDE; }
 };
@@ -53,8 +59,6 @@ enum class cause { timer, window, refill, recall, recovery };
 // Why a decision is made: the interval is over; a prompt has ended and its last tokens will be computed again; or output
 // entropy asks for more, at one of the paper's levels.
 enum class occasion { step, prompt_end, soft_reset, window_reset, full_reset };
-
-constexpr uint32_t RECALL_BLOCK = 16; // tokens that are recalled together: an answer is longer than a token
 
 struct restoration {
     uint32_t token;
@@ -68,11 +72,15 @@ struct plan {
     std::vector<uint32_t>    flagged;         // threshold driver: c += 1
     std::vector<uint32_t>    freeze;
     std::vector<restoration> restore;
+    float                    highest_going = 0; // scores of those that were thought of going and coming: how far the next
+    float                    lowest_coming = 0; // decision looks first
 };
 
 class policy {
 public:
     explicit policy(const policy_params & params) : params(params) {}
+    // The ranking of its sequence, before anything else; it has each token first, and loses it first.
+    void follow(ranking & ranks) { this->ranks = &ranks; }
 
     // Cells that must fit beside each other in the smallest legal pool: sinks + window + pinned + one batch + two blocks.
     static uint64_t required_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned);
@@ -83,33 +91,30 @@ public:
     // The cells to decide about from now on.
     void resize(uint32_t pool_cells);
 
-    // Bookkeeping, by the engine. Positions ascend.
-    void append(int32_t pos) { insert(n_tokens(), pos); }
-    void insert(uint32_t token, int32_t pos);
+    // Bookkeeping, by the engine, after the ranking's.
+    void insert(uint32_t token);                             // active
     // A token is one of another sequence, too, or a frozen copy of it: what is known of that one, but pins.
     void copy_token(uint32_t token, const policy & from, uint32_t from_token, bool frozen_copy);
-    void move_to(uint32_t token, int32_t pos);               // positions have changed
-    void reorder(const std::vector<uint32_t> & order);       // and no longer ascended: which token comes first, second, ...
+    void reorder(const std::vector<uint32_t> & order);       // which token comes first, second, ...
     void erase(uint32_t begin, uint32_t end);
     void clear();
-    void set_pinned(uint32_t token, bool pinned);
     void recheck() { protection_changed = true; }            // protected tokens may be frozen: look at the next step
     void set_frozen(uint32_t token, bool frozen, bool held); // explicit freeze (held: no timer) and restore
     void set_frozen_copy(uint32_t token);                    // its bytes are on the host now: if it was active, it comes back first
-    // Fresh scores: averaged over heads, and of the head that wants it most. Frozen tokens' count with recall only. The
-    // old average counts `keep`, see average_weight().
-    void observe(uint32_t token, float score, float peak, float keep);
-    // ema is for an interval of tokens: a step of many leaves less of the old average.
-    float average_weight() const;
+    // Without recall a frozen token keeps the score that it was frozen with, and each group has its own: see ranking::observe().
+    bool has_own_scores() const { return params.wants_scores() && !params.recall; }
+    void observe(uint32_t token, float score, float peak, float keep) { // of an active one
+        ranking::blend(histories[token].score, score, peak, keep);
+    }
 
     uint64_t n_redundant() const { return redundant_count; } // recalls that did not outlast the next decision
 
-    uint32_t n_tokens() const { return uint32_t(tokens.size()); }
-    uint32_t n_frozen() const { return frozen_count; }
-    uint32_t n_active() const { return n_tokens() - frozen_count; }
-    bool     is_frozen(uint32_t token) const { return tokens[token].frozen; }
+    uint32_t n_tokens() const { return active.size(); }
+    uint32_t n_frozen() const { return n_tokens() - n_active(); }
+    uint32_t n_active() const { return active.n_in(); }
+    bool     is_frozen(uint32_t token) const { return !active.has(token); }
+    const token_set & active_tokens() const { return active; }
     bool     is_protected(uint32_t token, int32_t pos_end) const; // with the window ending before pos_end
-    int32_t  pos(uint32_t token) const { return tokens[token].pos; }
 
     // Does the next step want its scores read, and has the pool come near enough to full for them to matter?
     bool scores_due(uint32_t n_new) const;
@@ -119,12 +124,13 @@ public:
     // frugal: freeze no token for the sake of another, so that as little as possible is frozen.
     plan decide(uint32_t n_new, int32_t pos_new, occasion why = occasion::step, bool frugal = false) const;
     void commit(const plan & done);
-    // The step's tokens have been appended.
-    void advance(uint32_t n_new, bool scored);
+    // The step's tokens have been inserted.
+    void advance(uint32_t n_new) { tokens_since_decide += n_new; }
 
     // Scores, timers and what is frozen as bytes, for a saved state; load() throws error(ASRKF_INVALID_ARGUMENT) and changes
-    // nothing if they are not those of so many tokens. Positions and pins are not among them. All tokens are to be frozen
-    // when load() is called: the next decision brings back what was active, as far as the pool goes.
+    // nothing if they are not those of so many tokens. Positions and pins are not among them, and shared scores are read by
+    // ranking::load(). All tokens are to be frozen when load() is called: the next decision brings back what was active, as
+    // far as the pool goes.
     std::vector<uint8_t> save() const;
     static bool fits(const std::vector<uint8_t> & bytes, uint32_t n_tokens);
     void load(const std::vector<uint8_t> & bytes);
@@ -132,40 +138,70 @@ public:
     policy_params params; // changed by resize() only
 
 private:
-    struct token {
-        int32_t  pos      = 0;
-        float    score    = 0;
-        float    peak     = 0;
-        bool     observed = false;
-        bool     frozen   = false;
-        bool     held     = false;  // frozen by request: only a request (or the window) brings it back
-        bool     pinned   = false;
-        bool     returns  = false;  // was active in the state that was loaded: comes back first
-        uint32_t count    = 0;      // c: times found unimportant
-        uint32_t wake     = 0;      // decision at which the timer ends
-        uint32_t grace    = 0;      // decision before which a token restored by timer is not judged
-        uint32_t frozen_at   = 0;   // decision that froze it last
-        uint32_t recalled_at = 0;   // decision that recalled it last, 0: never
+    // Of a token, where timers run or scores are the group's own; else nobody asks.
+    struct history {
+        float    score = ranking::UNSEEN;
+        uint32_t count = 0; // c: times found unimportant
+        uint32_t until = 0; // frozen: decision at which the timer ends; active: decision before which it is not judged
     };
-
+    // Where the history lies: tokens [begin, end) that are not pinned.
+    struct span { uint32_t begin, end; bool has_pins; };
     struct choice; // by_budget.cpp
 
-    float rank(uint32_t index) const; // what decides who stays
-    std::vector<float> all_ranks() const;
+    bool     has_timers() const { return params.threshold || params.timer_share > 0; }
+    bool     has_histories() const { return has_timers() || has_own_scores(); }
+    // What decides who stays.
+    float    rank(uint32_t token) const { return params.recall ? rank_of(token, ranks->score(token)) : own_rank(token); }
+    float    rank_of(uint32_t token, float score) const { return score == ranking::UNSEEN || is_frozen(token) ? score : in_pool(score); }
+    float    own_rank(uint32_t token) const;
+    float    in_pool(float score) const { return score*(1 + params.hysteresis); } // what an active token's score counts
     uint32_t timer(uint32_t count) const;
-    std::vector<uint32_t> blocks_asked_for(int32_t pos_end, size_t n_tokens_wanted, bool with_neighbours) const;
-    void decide_by_budget(plan & result, uint32_t capacity, int32_t pos_end, occasion why, bool frugal) const;
-    void decide_by_threshold(plan & result, uint32_t capacity, int32_t pos_end) const;
+    // Decisions since the token was frozen or recalled, as far as 16 bits tell.
+    uint32_t age(uint32_t token) const { return uint16_t(decision - since[token]); }
+    span     history_before(int32_t pos_end) const;
+    uint64_t history_of(uint32_t w, span h) const { // its tokens in a word
+        return token_set::within(w, h.begin, h.end) & (h.has_pins ? ~ranks->pinned().word(w) : ~uint64_t(0));
+    }
+    // Tokens that a timer has frozen and whose timer has ended, that wait longest first, at most n.
+    template <typename Wanted> std::vector<uint32_t> first_expired(size_t n, Wanted wanted) const;
+    void start_timers() const;
+    void forget_ended_timers();
+    void restore_protected(plan & result, span h) const;
+    void decide_by_budget(plan & result, uint32_t capacity, span h, uint32_t n_judged, occasion why, bool frugal) const;
+    void decide_by_threshold(plan & result, uint32_t capacity, span h) const;
 
-    std::vector<token> tokens;
-    uint32_t frozen_count        = 0;
-    uint64_t redundant_count     = 0;
-    uint32_t decision            = 0;
-    uint32_t tokens_since_decide = 0;
-    uint32_t tokens_since_score  = 0;
-    uint32_t tokens_of_score     = 1; // that the last scores stand for
-    bool     protection_changed  = false; // tokens that must be active again may be frozen
-    bool     returning           = false; // some tokens of a loaded state come back first
+    ranking *             ranks = nullptr;
+    token_set             active;
+    token_set             held;      // frozen by request: only a request (or the window) brings it back
+    token_set             returns;   // was active in the state that was loaded: comes back first
+    std::vector<uint16_t> since;     // the decision that froze it last, or recalled it (0: none did); its low bits
+    std::vector<history>  histories; // by token; empty without: has_histories()
+    // Frozen tokens by the decision at which their timer ends. Those that have come back otherwise stand here until then.
+    mutable std::map<uint32_t, std::vector<uint32_t>> waiting;
+    mutable bool          waiting_stale       = false; // tokens have other numbers
+    float                 highest_going       = 0;
+    float                 lowest_coming       = 0;
+    uint64_t              redundant_count     = 0;
+    uint32_t              decision            = 0;
+    uint32_t              tokens_since_decide = 0;
+    bool                  protection_changed  = false; // tokens that must be active again may be frozen
+    bool                  returning           = false; // some tokens of a loaded state come back first
 };
+
+template <typename Wanted> std::vector<uint32_t> policy::first_expired(size_t n, Wanted wanted) const {
+    start_timers();
+    std::vector<uint32_t> result;
+    for (auto at = waiting.begin(); at != waiting.end() && at->first <= decision && result.size() < n; ++at) {
+        const size_t before = result.size();
+        for (const uint32_t i : at->second) {
+            if (!active.has(i) && !held.has(i) && histories[i].until == at->first && wanted(i)) {
+                result.push_back(i);
+            }
+        }
+        std::sort(result.begin() + std::ptrdiff_t(before), result.end());
+    }
+    result.resize(std::min(n, result.size()));
+    return result;
+}
 
 } // namespace asrkf

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <random>
 
 using namespace asrkf;
@@ -21,8 +22,56 @@ static policy_params small(uint32_t pool, uint32_t sinks, uint32_t window, uint3
     return p;
 }
 
+// A policy with a ranking of its own, as where all layers are one group.
+struct one_group : policy {
+    explicit one_group(const policy_params & p) : policy(p), ranks(std::make_shared<ranking>(p.ema, p.interval)) { follow(*ranks); }
+
+    void append(int32_t pos) {
+        ranks->insert(n_tokens(), pos);
+        insert(n_tokens());
+    }
+    void observe(uint32_t token, float score, float peak, float keep) {
+        ranks->observe(token, score, peak, keep);
+        if (has_own_scores() && !is_frozen(token)) {
+            policy::observe(token, score, peak, keep);
+        }
+    }
+    void set_pinned(uint32_t token, bool pinned) {
+        ranks->set_pinned(token, pinned);
+        recheck();
+    }
+    void copy_token(uint32_t token, const one_group & from, uint32_t from_token, bool frozen_copy) {
+        ranks->copy_token(token, *from.ranks, from_token);
+        policy::copy_token(token, from, from_token, frozen_copy);
+    }
+    void reorder(const std::vector<uint32_t> & order) {
+        ranks->reorder(order);
+        policy::reorder(order);
+    }
+    void erase(uint32_t begin, uint32_t end) {
+        ranks->erase(begin, end);
+        policy::erase(begin, end);
+    }
+    void clear() {
+        ranks->clear();
+        policy::clear();
+    }
+    void advance(uint32_t n_new, bool scored) {
+        ranks->advance(n_new, scored);
+        policy::advance(n_new);
+    }
+    void load(const std::vector<uint8_t> & bytes) {
+        ranks->load(bytes);
+        policy::load(bytes);
+    }
+    int32_t pos(uint32_t token) const { return ranks->pos(token); }
+    float   average_weight() const { return ranks->average_weight(); }
+
+    std::shared_ptr<ranking> ranks;
+};
+
 // Place n tokens the way the engine does; returns the plan that made room for them.
-static plan step(policy & rule, uint32_t n) {
+static plan step(one_group & rule, uint32_t n) {
     const int32_t pos = rule.n_tokens() ? rule.pos(rule.n_tokens() - 1) + 1 : 0;
     plan p = rule.decide(n, pos);
     rule.commit(p);
@@ -34,7 +83,7 @@ static plan step(policy & rule, uint32_t n) {
 }
 
 // A score that every head shares, on its own.
-static void observe(policy & rule, uint32_t token, float score) { rule.observe(token, score, score, rule.params.ema); }
+static void observe(one_group & rule, uint32_t token, float score) { rule.observe(token, score, score, rule.params.ema); }
 
 static std::vector<uint32_t> tokens_of(const std::vector<restoration> & list) {
     std::vector<uint32_t> result;
@@ -46,7 +95,7 @@ static std::vector<uint32_t> tokens_of(const std::vector<restoration> & list) {
 }
 
 TEST(pool_with_room, "nothing is decided while the pool has room") {
-    policy rule(small(64, 2, 16, 4));
+    one_group rule(small(64, 2, 16, 4));
     for (int i = 0; i < 60; ++i) {
         CHECK(!step(rule, 1).decided);
     }
@@ -55,7 +104,7 @@ TEST(pool_with_room, "nothing is decided while the pool has room") {
 
 TEST(lowest_scores, "the lowest scores are frozen, sinks and window are not") {
     policy_params p = small(24, 2, 8, 4);
-    policy rule(p);
+    one_group rule(p);
     step(rule, 20);
     for (uint32_t i = 0; i < 20; ++i) {
         observe(rule, i, i == 5 || i == 7 ? 0.001f : i < 2 || i >= 18 ? 0.0f : 0.5f + 0.01f*float(i));
@@ -81,7 +130,7 @@ TEST(hard_bound, "the pool is never exceeded, whatever the steps and scores") {
             p.timer_share = 0.2f;
             p.timer_grace = 2;
             p.ema = 0.5f;
-            policy rule(p);
+            one_group rule(p);
             for (int i = 0; i < 400; ++i) {
                 const uint32_t n = random() % 5 == 0 ? 1 + random() % 32 : 1;
                 step(rule, n);
@@ -114,7 +163,7 @@ TEST(timers, "a freeze timer runs floor(sqrt(c)/k) decisions, then the token is 
     p.timer_share = 0.25f; // 8 cells
     p.timer_grace = 2;
     p.softness    = 0.5f;  // c = 1: 2 decisions
-    policy rule(p);
+    one_group rule(p);
     step(rule, 30);
     for (uint32_t i = 0; i < 30; ++i) {
         observe(rule, i, i == 3 ? 0.0f : 1.0f);
@@ -143,7 +192,7 @@ TEST(timers, "a freeze timer runs floor(sqrt(c)/k) decisions, then the token is 
 }
 
 TEST(window_moves_back, "after the tail is removed the new window is restored before the next step") {
-    policy rule(small(32, 0, 8, 1));
+    one_group rule(small(32, 0, 8, 1));
     step(rule, 32);
     for (uint32_t i = 0; i < 32; ++i) {
         observe(rule, i, 32.0f - float(i)); // the newest history scores lowest
@@ -165,7 +214,7 @@ TEST(window_moves_back, "after the tail is removed the new window is restored be
 }
 
 TEST(refill, "room in the pool is given back to the best frozen tokens") {
-    policy rule(small(32, 0, 8, 1));
+    one_group rule(small(32, 0, 8, 1));
     step(rule, 32);
     for (uint32_t i = 0; i < 32; ++i) {
         observe(rule, i, float(i % 7));
@@ -184,7 +233,7 @@ TEST(refill, "room in the pool is given back to the best frozen tokens") {
 TEST(window_preset, "recency keeps sinks and the newest") {
     policy_params p = small(16, 2, 4, 1);
     p.score = SCORE_RECENCY;
-    policy rule(p);
+    one_group rule(p);
     for (int i = 0; i < 40; ++i) {
         step(rule, 1);
     }
@@ -198,7 +247,7 @@ TEST(random_repeats, "the random control repeats for a seed and differs between 
         policy_params p = small(64, 4, 16, 4);
         p.score = SCORE_RANDOM;
         p.seed  = seed;
-        policy rule(p);
+        one_group rule(p);
         for (int i = 0; i < 200; ++i) {
             step(rule, 1);
         }
@@ -215,7 +264,7 @@ TEST(random_repeats, "the random control repeats for a seed and differs between 
 TEST(flag_all, "flag-all freezes about two thirds of the history without any score (method: the null control)") {
     // -66 % after 500 steps at K = 64, k = 2, with a pool that sets no bound
     policy_params p = make_policy_params(config_parse("flag-all,pool=4096"), 4096);
-    policy rule(p);
+    one_group rule(p);
     double active = 0;
     int n = 0;
     for (int i = 0; i < 500; ++i) {
@@ -235,7 +284,7 @@ TEST(paper, "the paper preset freezes what scores below tau for floor(sqrt(c)/k)
     p.score     = SCORE_MAGNITUDE;
     p.tau       = 1.0f;
     p.softness  = 2;
-    policy rule(p);
+    one_group rule(p);
     step(rule, 8);
     for (uint32_t i = 0; i < 8; ++i) {
         observe(rule, i, i == 1 ? 0.5f : 2.0f);
@@ -252,7 +301,7 @@ TEST(paper, "the paper preset freezes what scores below tau for floor(sqrt(c)/k)
 }
 
 TEST(never_fits, "protected tokens that leave no room are refused and nothing changes") {
-    policy rule(small(16, 0, 4, 1));
+    one_group rule(small(16, 0, 4, 1));
     step(rule, 12);
     for (uint32_t i = 0; i < 12; ++i) {
         rule.set_pinned(i, true);
@@ -272,7 +321,7 @@ TEST(required, "the smallest pool holds sinks, window, pinned, one batch and two
 TEST(held, "a token frozen by request comes back by request only") {
     policy_params p = small(64, 0, 8, 1);
     p.timer_share = 0.5f;
-    policy rule(p);
+    one_group rule(p);
     step(rule, 30);
     rule.set_frozen(5, true, true);
     for (int i = 0; i < 20; ++i) {
@@ -284,7 +333,7 @@ TEST(held, "a token frozen by request comes back by request only") {
 }
 
 TEST(scores_when, "scores are asked for every interval, once the pool is nearly full") {
-    policy rule(small(256, 0, 32, 8));
+    one_group rule(small(256, 0, 32, 8));
     int n_scored = 0;
     for (int i = 0; i < 100; ++i) {
         n_scored += rule.scores_due(1);
@@ -299,12 +348,12 @@ TEST(scores_when, "scores are asked for every interval, once the pool is nearly 
 }
 
 // A pool of 64 for 128 tokens whose scores are all the same, but for one block that is asked for.
-static policy recalling(float share, uint32_t limit) {
+static one_group recalling(float share, uint32_t limit) {
     policy_params p = small(64, 4, 16, 8);
     p.recall       = true;
     p.recall_share = share;
     p.recall_limit = limit;
-    policy rule(p);
+    one_group rule(p);
     for (int i = 0; i < 128; ++i) {
         step(rule, 1);
         observe(rule, rule.n_tokens() - 1, 0.1f);
@@ -313,7 +362,7 @@ static policy recalling(float share, uint32_t limit) {
 }
 
 TEST(recall_block, "a frozen block that one head asks for comes back whole, however low its average") {
-    policy rule = recalling(0.5f, 12);
+    one_group rule = recalling(0.5f, 12);
     for (uint32_t i = 32; i < 48; ++i) {
         CHECK(rule.is_frozen(i));
         rule.observe(i, 0.0f, i == 37 ? 0.9f : 0.0f, 0);
@@ -333,7 +382,7 @@ TEST(recall_block, "a frozen block that one head asks for comes back whole, howe
 }
 
 TEST(recall_limit, "a decision recalls no more than its limit, the end of a prompt as many as its share") {
-    policy rule = recalling(0.25f, 1);
+    one_group rule = recalling(0.25f, 1);
     for (uint32_t i = 4; i < 100; ++i) {
         if (rule.is_frozen(i)) {
             observe(rule, i, 0.9f);
@@ -345,7 +394,7 @@ TEST(recall_limit, "a decision recalls no more than its limit, the end of a prom
 
 TEST(recall_off, "without recall frozen tokens keep the score that they were frozen with") {
     policy_params p = small(64, 4, 16, 8);
-    policy rule(p);
+    one_group rule(p);
     for (int i = 0; i < 128; ++i) {
         step(rule, 1);
         observe(rule, rule.n_tokens() - 1, 0.1f);
@@ -364,7 +413,7 @@ TEST(hysteresis, "an active token is not exchanged for one that is hardly better
         p.recall       = true;
         p.recall_limit = 8;
         p.hysteresis   = margin;
-        policy rule(p);
+        one_group rule(p);
         for (int i = 0; i < 100; ++i) {
             step(rule, 1);
             observe(rule, rule.n_tokens() - 1, 0.10f);
@@ -381,7 +430,7 @@ TEST(hysteresis, "an active token is not exchanged for one that is hardly better
 }
 
 TEST(full_reset, "a full reset clears the timers and gives the whole history to what the newest queries ask for") {
-    policy rule = recalling(0.0f, 1);
+    one_group rule = recalling(0.0f, 1);
     std::vector<uint32_t> wanted;
     for (uint32_t i = 16; i < 48; ++i) {
         rule.observe(i, 0.1f, 0.5f, 1); // the averages stay as they are
@@ -398,7 +447,7 @@ TEST(full_reset, "a full reset clears the timers and gives the whole history to 
 TEST(average, "the average's weight is for an interval: a long step leaves less of the old score") {
     policy_params p = small(64, 0, 16, 8);
     p.ema = 0.5f;
-    policy rule(p);
+    one_group rule(p);
     rule.advance(8, true);
     CHECK(std::fabs(rule.average_weight() - 0.5f) < 1e-6f);
     rule.advance(32, true);
@@ -407,7 +456,7 @@ TEST(average, "the average's weight is for an interval: a long step leaves less 
 
 TEST(smaller_share, "a share that shrinks is kept to at the next decision, also by a sequence that nothing comes to; one that grows is used") {
     policy_params p = make_policy_params(config_parse("asrkf,pool=256"), 256);
-    policy rule(p);
+    one_group rule(p);
     for (int32_t i = 0; i < 200; ++i) {
         rule.append(i);
         rule.observe(uint32_t(i), float(i % 17), float(i % 17), 0);
@@ -424,7 +473,7 @@ TEST(smaller_share, "a share that shrinks is kept to at the next decision, also 
 }
 
 TEST(copied_tokens, "a token of another sequence brings its score and timer along, and as a frozen copy it comes back first") {
-    policy from(make_policy_params(config_parse("asrkf,pool=64"), 64)), to(from.params);
+    one_group from(make_policy_params(config_parse("asrkf,pool=64"), 64)), to(from.params);
     for (int32_t i = 0; i < 10; ++i) {
         from.append(i);
         from.observe(uint32_t(i), float(i), float(i), 0);
@@ -441,7 +490,7 @@ TEST(copied_tokens, "a token of another sequence brings its score and timer alon
 
 TEST(saved_policy, "saved and loaded, scores and timers decide as before; a damaged one, or of other tokens, is refused") {
     policy_params p = make_policy_params(config_parse("asrkf,pool=64,sinks=2,window=8,recall_limit=64"), 64);
-    policy rule(p);
+    one_group rule(p);
     const auto score = [](int32_t i) { return float((i*37) % 101); };
     for (int32_t i = 0; i < 150; ++i) {
         const plan next = rule.decide(1, i);
@@ -452,13 +501,13 @@ TEST(saved_policy, "saved and loaded, scores and timers decide as before; a dama
     }
     rule.set_frozen(20, true, true);
     const std::vector<uint8_t> bytes = rule.save();
-    policy loaded(p);
+    one_group loaded(p);
     for (int32_t i = 0; i < 150; ++i) {
         loaded.append(i);
         loaded.set_frozen(uint32_t(i), true, false);
     }
     CHECK(policy::fits(bytes, 150) && !policy::fits(bytes, 149) && !policy::fits({ bytes.begin(), bytes.end() - 1 }, 150));
-    CHECK(!thrown([&] { policy(p).load(bytes); }).empty());
+    CHECK(!thrown([&] { one_group(p).load(bytes); }).empty());
     loaded.load(bytes);
     loaded.commit(loaded.decide(1, 150));
     rule.commit(rule.decide(1, 150));
@@ -471,7 +520,7 @@ TEST(saved_policy, "saved and loaded, scores and timers decide as before; a dama
     for (size_t i = 24; i < wild.size(); ++i) {
         wild[i] = uint8_t(i*131 + 7);
     }
-    policy other(p);
+    one_group other(p);
     for (int32_t i = 0; i < 150; ++i) {
         other.append(i);
         other.set_frozen(uint32_t(i), true, false);
