@@ -338,4 +338,31 @@ TEST(threshold, "the paper's threshold decides as the plain policy does") {
     live_often("flag-all,window=32");
 }
 
+TEST(copies, "a copy of a sequence goes on as the plain policy's copy does, also where its tokens are frozen copies") {
+    for (const char * settings : { "asrkf", "asrkf,recall=off,timer_share=0.2", "random,seed=3", "paper,tau=0.2,window=16" }) {
+        for (uint32_t seed = 1; seed <= 4; ++seed) {
+            const policy_params p = make_policy_params(config_parse(std::string(settings) + ",pool=256"), 160);
+            life from({ p, p }, seed), to({ p, p }, seed + 100);
+            for (int i = 0; i < 400; ++i) {
+                from.step(1, occasion::step, false);
+            }
+            for (uint32_t i = 0; i < from.n(); ++i) {
+                to.insert(i, from.ranks.pos(i));
+                to.ranks.copy_token(i, from.ranks, i);
+                for (size_t g = 0; g < 2; ++g) {
+                    const bool frozen_copy = seed % 2 == 0 || i % 7 == 0;
+                    to.rules[g].copy_token(i, from.rules[g], i, frozen_copy);
+                    to.plain[g].copy_token(i, from.plain[g], i, frozen_copy);
+                }
+            }
+            to.compare();
+            for (int i = 0; i < 200 && !to.differs; ++i) {
+                to.step(1, occasion::step, false);
+            }
+            to.compare();
+            CHECK(to.n_frozen > 50);
+        }
+    }
+}
+
 int main() { return run_all_tests(); }
