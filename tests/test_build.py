@@ -91,4 +91,4 @@ def test_every_script_that_calls_cmake_hands_them_on():
         if re.search(r"^[^#\n]*\bcmake\"?,? \"?-S", text, re.M):
             found.add(path.name)
             assert "source scripts/cmake_args" in text and '"${cmake_args[@]}"' in text, path.name
-    assert found == {"build_upstream", "test_native", "upstream_tests"}
+    assert found == {"build_upstream", "test_gpu", "test_native", "upstream_tests"}
