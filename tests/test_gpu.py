@@ -35,8 +35,27 @@ def test_the_build_sees_the_device(load, model, capfd):
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 3])
 def test_it_freezes_as_the_cpu_does(model, n_gpu_layers: int):
-    # shaders multiply in F16, and the attention of random weights is almost the same everywhere
-    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, least_agreement=0.8, n_gpu_layers=n_gpu_layers)
+    # shaders multiply in F16: over a thousand tokens small differences add up, and the decisions drift apart
+    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, least_agreement=0.5, n_gpu_layers=n_gpu_layers)
+
+
+def test_from_one_state_the_next_decisions_are_the_cpus(load, model):
+    options = {"kv_policy": "asrkf,layers=0-1@512/2-3@768,window=64,index=f16", "n_ctx": 2048}
+    device, cpu = load(model, n_gpu_layers=-1, **options), load(model, n_gpu_layers=0, **options)
+    cpu.eval(tokens(1200, 1))
+    state, before = cpu.save_state(), frozen(cpu)
+    for llm in (device, cpu):
+        llm.load_state(state)
+        logits_after(llm, 17)  # two decisions
+    assert all(len(a ^ b) > 20 for a, b in zip(before, frozen(cpu), strict=True))  # tokens that went or came back
+    agree = min(len((a ^ c) & (b ^ c)) / len((a ^ c) | (b ^ c)) for a, b, c in zip(frozen(device), frozen(cpu), before, strict=True))
+    print(f"of the tokens that changed places here or on the CPU, {agree:.3f} did in both")
+    assert agree > 0.9
+
+
+def frozen(llm) -> list[set[int]]:
+    """Positions of the frozen tokens, by layer group."""
+    return [{p for p, state in llm.kv_tokens(i) if state == "frozen"} for i in range(len(llm.kv_stats().groups))]
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
