@@ -214,16 +214,19 @@ def plain_messages(steps: list[dict], scored: bool | None) -> int:
     return statistics.mode(step["messages"] for step in steps if not any(step["moved"]) and step["scored"] == scored)
 
 
-def test_a_plain_decode_step_is_at_most_three_messages_more_than_upstreams(twelve_layers):
-    full, ours = count(twelve_layers, "full"), count(twelve_layers, "asrkf,pool=512,window=128")
+LAYERS = "/".join(f"{il}@{(512, 768)[il % 2]}" for il in range(12))
+
+
+@pytest.mark.parametrize("policy", ["asrkf,pool=512,window=128", f"asrkf,layers={LAYERS},window=128"], ids=["one group", "twelve groups"])
+def test_a_plain_decode_step_is_at_most_three_messages_more_than_upstreams(twelve_layers, policy):
+    full, ours = count(twelve_layers, "full"), count(twelve_layers, policy)
     upstream, plain = plain_messages(full["steps"], None), plain_messages(ours["steps"], 0)
-    print(f"upstream {upstream} messages, {full['steps'][50]['bytes']} bytes; with the policy {plain} and {ours['steps'][50]['bytes']}")
+    print(f"upstream {upstream} messages, {full['steps'][50]['bytes']} bytes; with the policy {plain}, {ours['steps'][50]['bytes']} bytes")
     assert plain <= upstream + 3
 
 
 def test_a_decision_is_at_most_eight_messages_for_each_staging_buffer_full_whatever_the_number_of_layers(twelve_layers):
-    layers = "/".join(f"{il}@{(512, 768)[il % 2]}" for il in range(12))
-    ours = count(twelve_layers, f"asrkf,layers={layers},window=128")
+    ours = count(twelve_layers, f"asrkf,layers={LAYERS},window=128")
     assert ours["groups"] == 12
     decisions = [step for step in ours["steps"] if any(step["moved"])]
     assert sum(step["moved"][0] > 0 for step in decisions) > 2 < sum(step["moved"][1] > 0 for step in decisions)
