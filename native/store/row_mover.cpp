@@ -69,7 +69,7 @@ struct row_mover::lane {
     ggml_backend_buffer_type_t           buft    = nullptr;
     ggml_backend_t                       backend = nullptr;
     std::vector<std::vector<row_tensor>> tensors;       // by group
-    size_t                               n_tensors = 0; // of all groups
+    size_t                               graph_size = 0; // a node a tensor, two leaves, and one a group
     std::vector<uint8_t>                 graph_meta;    // memory of the graph's tensors
     crossing                             down, up;
     ggml_backend_buffer_ptr              staging;       // the last, so freed first: a device frees nothing that is in use
@@ -85,7 +85,7 @@ struct row_mover::lane {
     size_t bytes_of_padding(size_t group) const { return STAGING_ALIGN*(tensors[group].size() + 1); }
 
     void allocate(host_budget & budget) {
-        size_t n_bytes = 0;
+        size_t n_bytes = 0, n_tensors = 0;
         for (size_t ig = 0; ig < tensors.size(); ++ig) {
             n_bytes   += tensors[ig].empty() ? 0 : bytes_of_padding(ig) + STAGING_ROWS*bytes_of_row(ig);
             n_tensors += tensors[ig].size();
@@ -99,7 +99,8 @@ struct row_mover::lane {
         if (!staging || !down.memory || !up.memory) {
             throw error(ASRKF_INTERNAL, format("no %zu bytes for the staging buffer on %s: lower kv_pool", padded(n_bytes), ggml_backend_buft_name(buft)));
         }
-        graph_meta.resize((4*n_tensors + tensors.size() + 4)*ggml_tensor_overhead() + ggml_graph_overhead_custom(2*n_tensors + 8, false));
+        graph_size = 2*n_tensors + tensors.size();
+        graph_meta.resize((4*n_tensors + tensors.size() + 4)*ggml_tensor_overhead() + ggml_graph_overhead_custom(graph_size, false));
     }
 
     // As many rows from `begin` on as the staging buffer holds; those of other devices take no room. Returns the first that
@@ -160,7 +161,7 @@ struct row_mover::lane {
         ggml_init_params params = { graph_meta.size(), graph_meta.data(), true };
         ggml_context_ptr holder(ggml_init(params));
         ggml_context * ctx   = holder.get();
-        ggml_cgraph  * graph = ggml_new_graph_custom(ctx, 2*n_tensors + 8, false);
+        ggml_cgraph  * graph = ggml_new_graph_custom(ctx, graph_size, false);
         auto * base = static_cast<uint8_t *>(ggml_backend_buffer_get_base(staging.get()));
         std::vector<ggml_tensor *> cells(tensors.size(), nullptr);
         for (const auto & s : c.slices) {

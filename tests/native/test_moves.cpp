@@ -96,7 +96,7 @@ void round_trip(ggml_type type, int64_t row, moves_kind kind) {
     CHECK(c.bytes() == original);
 }
 
-// Three groups of different sizes on a device that delays, with a slot for each cell of each.
+// Twelve groups of three sizes on a device that delays, with a slot for each cell of each.
 struct delayed_groups {
     delaying_device device;
     std::vector<std::unique_ptr<cache>> caches;
@@ -105,17 +105,18 @@ struct delayed_groups {
     std::vector<std::unique_ptr<host_store>> stores;
 
     static constexpr uint32_t N_CELLS = 300;
+    static constexpr size_t   N_GROUPS = 12;
 
     void make() {
         std::vector<std::vector<ggml_tensor *>> tensors;
-        for (int ig = 0; ig < 3; ++ig) {
-            caches.push_back(std::make_unique<cache>(GGML_TYPE_F16, 64 << ig, N_CELLS, 2 + 2*ig, &device.memory));
+        for (int ig = 0; ig < int(N_GROUPS); ++ig) {
+            caches.push_back(std::make_unique<cache>(GGML_TYPE_F16, 64 << ig % 3, N_CELLS, 2 + 2*(ig % 3), &device.memory));
             caches.back()->fill(uint32_t(ig) + 1);
             tensors.push_back(caches.back()->tensors);
         }
         mover = std::make_unique<row_mover>(tensors, MOVES_AUTO, budget);
         mover->attach({ &device.backend });
-        for (size_t ig = 0; ig < 3; ++ig) {
+        for (size_t ig = 0; ig < N_GROUPS; ++ig) {
             CHECK(mover->is_staged(ig));
             stores.push_back(std::make_unique<host_store>(mover->token_bytes(ig), &device.pinned, budget, mover.get()));
             stores[ig]->reserve(N_CELLS);
@@ -128,14 +129,20 @@ struct delayed_groups {
 
     std::vector<row_mover::row> rows(const std::vector<uint32_t> & cells) const {
         std::vector<row_mover::row> result;
-        for (size_t ig = 0; ig < 3; ++ig) {
+        for (size_t ig = 0; ig < N_GROUPS; ++ig) {
             for (const uint32_t cell : cells) {
                 result.push_back({ ig, cell, stores[ig]->address(cell) });
             }
         }
         return result;
     }
-    std::vector<std::vector<uint8_t>> bytes() const { return { caches[0]->bytes(), caches[1]->bytes(), caches[2]->bytes() }; }
+    std::vector<std::vector<uint8_t>> bytes() const {
+        std::vector<std::vector<uint8_t>> all;
+        for (const auto & c : caches) {
+            all.push_back(c->bytes());
+        }
+        return all;
+    }
 
     // As a graph of the model would, in the backend's queue.
     void overwrite(const std::vector<uint32_t> & cells) {
@@ -147,8 +154,8 @@ struct delayed_groups {
     }
     // What the cells were when the caches were filled.
     bool hold_originals(const std::vector<uint32_t> & cells, bool at_address) const {
-        for (size_t ig = 0; ig < 3; ++ig) {
-            cache original(GGML_TYPE_F16, 64 << ig, N_CELLS, 2 + 2*int(ig));
+        for (size_t ig = 0; ig < N_GROUPS; ++ig) {
+            cache original(GGML_TYPE_F16, 64 << ig % 3, N_CELLS, 2 + 2*int(ig % 3));
             original.fill(uint32_t(ig) + 1);
             for (const uint32_t cell : cells) {
                 const uint8_t * host = at_address ? stores[ig]->address(cell) : stores[ig]->data(cell);
@@ -220,13 +227,13 @@ TEST(exchanged, "what leaves and what comes back cross in one decision, though n
             g.mover->get(g.rows(out)); // they hold the others' rows now
             g.mover->settle();
             bool same = true;
-            for (size_t ig = 0; ig < 3; ++ig) {
+            for (size_t ig = 0; ig < delayed_groups::N_GROUPS; ++ig) {
                 for (size_t i = 0; i < out.size(); ++i) {
                     same = same && std::memcmp(g.stores[ig]->data(out[i]), g.stores[ig]->data(in[i]), g.mover->token_bytes(ig)) == 0;
                 }
             }
             CHECK(same && g.bytes() != before);
-            for (size_t ig = 0; ig < 3; ++ig) {
+            for (size_t ig = 0; ig < delayed_groups::N_GROUPS; ++ig) {
                 g.caches[ig]->fill(uint32_t(ig) + 1);
             }
         }
@@ -241,7 +248,7 @@ TEST(few_calls, "a call is one upload, one graph and one download, whatever the 
     g.mover->settle();
     g.mover->set(g.rows(some_cells(64, 1)));
     CHECK(g.device.n_uploads == 2 && g.device.n_graphs == 2 && g.device.n_downloads == 1);
-    g.mover->get(g.rows(some_cells(257, 1))); // four times the buffer, and one more
+    g.mover->get(g.rows(some_cells(300, 1))); // of 64 each
     CHECK(g.device.n_graphs == 2 + 5 && g.device.n_downloads == 1 + 5);
     std::vector<row_mover::row> one_group;
     for (uint32_t cell = 0; cell < 100; ++cell) { // a group alone has all of the buffer
@@ -249,7 +256,7 @@ TEST(few_calls, "a call is one upload, one graph and one download, whatever the 
     }
     g.mover->get(one_group);
     CHECK(g.device.n_graphs == 2 + 5 + 1);
-    CHECK(g.hold_originals(some_cells(257, 1), false));
+    CHECK(g.hold_originals(some_cells(300, 1), false));
 }
 
 TEST(no_events, "a device without events is waited for at once") {
