@@ -313,9 +313,9 @@ def test_pictures_are_drawn_of_a_run_and_of_the_committed_rows(smollm2, text, tm
 
 
 def test_without_the_benchs_packages_the_error_names_them():
-    code = "import sys; sys.modules['tabulate'] = None; from asrkf_gguf.cli import main; sys.exit(main(%r))"
-    result = python(code % ["bench", "quality"])
-    assert (result.returncode, result.stderr) == (1, 'asrkf bench: the package tabulate is missing: pip install "asrkf-gguf[bench]"\n')
+    code = "import sys; sys.modules['matplotlib'] = None; from asrkf_gguf.cli import main; sys.exit(main(%r))"
+    result = python(code % ["bench", "plot"])
+    assert (result.returncode, result.stderr) == (1, "asrkf bench: plots need matplotlib: pip install 'asrkf-gguf[bench]' or pip install matplotlib\n")
     assert "calibrate" in python(code % ["--help"]).stdout  # all other commands do without
 
 

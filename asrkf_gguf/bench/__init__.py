@@ -12,10 +12,7 @@ Every side reads the same real texts. The reference is upstream's full cache in 
 folder and reused, and so is every finished measurement: a run that was interrupted goes on where it stopped.
 """
 
-try:
-    from .command import add_arguments, main
-    from .records import describe
-except ModuleNotFoundError as error:
-    raise ImportError(f'the package {error.name} is missing: pip install "asrkf-gguf[bench]"', name=error.name) from error
+from .command import add_arguments, main
+from .records import describe
 
 __all__ = ["add_arguments", "describe", "main"]
