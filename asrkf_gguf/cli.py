@@ -164,7 +164,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     calibrator = commands.add_parser("calibrate", help="measure a model's layers, for layers=two and layers=each")
     calibrate.add_arguments(calibrator)
     calibrator.set_defaults(function=calibrate.main)
-    bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache; pip install \"asrkf-gguf[bench]\"")
+    bencher = commands.add_parser("bench", help="quality and needles of any GGUF against the full cache")
     if command == "bench":
         from . import bench
 

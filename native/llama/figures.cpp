@@ -19,7 +19,7 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.tokens             = tokens.n_records();
     s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
     s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
-    s.device_index_bytes = scored.is_on() ? scored.scoring()->device_bytes() : 0;
+    s.device_index_bytes = scored.index_bytes();
     const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
     for (const sequence & q : tokens.sequences) {
         s.outputs_total += q.trigger.count();

@@ -43,7 +43,6 @@ public:
             const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft);
 
     bool is_on() const { return scorer != nullptr; }
-    const relevance * scoring() const { return scorer.get(); }
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
     // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings. Throws
@@ -51,9 +50,10 @@ public:
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
-    // Of scoring graphs, beside the scheduler's own buffers.
+    // Of index and rings; and of scoring graphs, beside the scheduler's own buffers.
+    size_t index_bytes() const { return scorer ? scorer->device_bytes() : 0; }
     size_t compute_bytes() const { return graphs ? graphs->device_bytes() : 0; }
-    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // and of index and rings
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // of both
 
     // Which of the scoring layers il is, -1: none. They are built in order; the first begins a new graph.
     int  place_of(int32_t il) const;
