@@ -4,6 +4,7 @@
 
 #include "asrkf.h"
 
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -19,10 +20,10 @@ struct error : std::runtime_error {
 // What a caller is told of any exception: an error's own text, and what helps where memory has run out.
 std::string text_of(const std::exception & e);
 
-// For one more element of what grows with the context: by an eighth, where a vector by itself takes twice its bytes.
-template <typename Vector> void make_room(Vector & values) {
-    if (values.size() == values.capacity()) {
-        values.reserve(values.size() + values.size() / 8 + 64);
+// For n more elements of what grows with the context: by an eighth, where a vector by itself takes twice its bytes.
+template <typename Vector> void make_room(Vector & values, size_t n = 1) {
+    if (values.size() + n > values.capacity()) {
+        values.reserve(values.size() + n + values.size() / 8 + 64);
     }
 }
 

@@ -275,8 +275,12 @@ void saved_states::check_fit(llama_seq_id seq_id, const std::vector<arrival> & a
     }
 }
 
-// Nothing fails here, but for a lack of memory for the books.
+// Nothing fails here once there is memory for the books.
 void saved_states::replace(llama_seq_id seq_id, const std::vector<arrival> & arrivals, const std::vector<saved_sequence> & saved, slots_by_group & slots) {
+    tokens.reserve_records(arrivals.size());
+    for (const sequence & s : tokens.sequences) {
+        tokens.reserve_tokens(s, size_t(std::count_if(arrivals.begin(), arrivals.end(), [&](const arrival & a) { return std::count(a.users.begin(), a.users.end(), s.id) > 0; })));
+    }
     for (sequence & s : tokens.sequences) {
         if (seq_id >= 0 && s.id != uint32_t(seq_id)) {
             continue;
@@ -289,6 +293,7 @@ void saved_states::replace(llama_seq_id seq_id, const std::vector<arrival> & arr
         take_pins(s);
     }
     std::vector<uint32_t> ids;
+    ids.reserve(arrivals.size());
     for (const arrival & a : arrivals) {
         ids.push_back(tokens.new_record(a.pos, LLAMA_TOKEN_NULL, a.users)); // a state does not say which token
         for (size_t ig = 0; ig < groups.size(); ++ig) {

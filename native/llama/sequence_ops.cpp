@@ -100,6 +100,7 @@ void sequence_ops::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_
         forget_all(to);
         ids = clone(ids);
     }
+    tokens.reserve_tokens(to, ids.size());
     for (uint32_t i = 0; i < ids.size(); ++i) {
         if (config.unified && tokens.records[ids[i]].users.test(size_t(dst))) {
             continue;
@@ -155,6 +156,8 @@ std::vector<uint32_t> sequence_ops::clone(const std::vector<uint32_t> & ids) {
     }
     moves.copy_to_host(records_by_group(groups.size(), ids));
     std::vector<uint32_t> copies;
+    copies.reserve(ids.size());
+    tokens.reserve_records(ids.size());
     for (const uint32_t id : ids) {
         copies.push_back(tokens.new_copy(id, copies.empty() ? -1 : int64_t(copies.back())));
         for (group & g : groups) {

@@ -285,11 +285,17 @@ std::vector<uint32_t> steps::sequences_to_score(const std::vector<part> & parts,
 // The step's tokens are in the books from here on, in flight until it is computed.
 void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, placed & step) {
     std::vector<uint32_t> & ids = step.side.records;
+    ids.reserve(ubatch.n_tokens);
+    tokens.in_flight.reserve(ubatch.n_tokens);
+    tokens.reserve_records(ubatch.n_tokens);
+    for (const part & p : parts) {
+        tokens.reserve_tokens(tokens.sequences[p.seq], p.tokens.size());
+    }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const std::vector<uint32_t> users(ubatch.seq_id[i], ubatch.seq_id[i] + ubatch.n_seq_id[i]);
         ids.push_back(tokens.new_record(ubatch.pos[i], ubatch.token ? ubatch.token[i] : LLAMA_TOKEN_NULL, users));
+        tokens.in_flight.push_back(ids.back());
     }
-    tokens.in_flight = ids;
     for (const part & p : parts) {
         const bool scores = std::find(step.side.scored.begin(), step.side.scored.end(), p.seq) != step.side.scored.end();
         groups.ranks_of(p.seq).advance(uint32_t(p.tokens.size()), scores);

@@ -46,13 +46,30 @@ std::pair<uint32_t, uint32_t> token_table::range(int32_t seq_id, int32_t p0, int
     return { lower_bound(s, p0), lower_bound(s, p1) };
 }
 
+void token_table::reserve_records(size_t n_more) {
+    make_room(records, n_more);
+    free_records.reserve(records.capacity()); // so nothing that is released needs memory
+    for (group & g : groups) {
+        make_room(g.places, n_more);
+    }
+    if (index) {
+        index->reserve(records.capacity());
+    }
+}
+
+void token_table::reserve_tokens(const sequence & s, size_t n_more) {
+    make_room(sequences[s.id].records, n_more);
+    groups.ranks_of(s.id).reserve(n_more);
+    for (group & g : groups) {
+        g.rules[s.id].reserve(n_more);
+    }
+}
+
 uint32_t token_table::take_record() {
     if (free_records.empty()) {
         free_records.push_back(uint32_t(records.size()));
-        make_room(records);
         records.emplace_back();
         for (group & g : groups) {
-            make_room(g.places);
             g.places.emplace_back();
         }
     }

@@ -54,6 +54,10 @@ public:
     // Tokens [first, second) at positions [p0, p1), p1 < 0: to the end. Throws error(ASRKF_INVALID_ARGUMENT).
     std::pair<uint32_t, uint32_t> range(int32_t seq_id, int32_t p0, int32_t p1) const;
 
+    // Room in all tables for so many new records, and tokens of this sequence: what comes after cannot fail for lack of memory, and
+    // leave a token in some tables only.
+    void     reserve_records(size_t n_more);
+    void     reserve_tokens(const sequence & s, size_t n_more);
     // A token of these sequences, active in none yet.
     uint32_t new_record(llama_pos pos, llama_token token, const std::vector<uint32_t> & users);
     // The same rows as another's, for a copy: of no sequence yet. after: the copy before it, -1 for the first.

@@ -59,14 +59,22 @@ void policy::resize(uint32_t pool_cells) {
     params.window     = window;
 }
 
+void policy::reserve(size_t n_more) {
+    for (token_set * set : { &active, &held, &returns }) {
+        set->reserve(n_more);
+    }
+    make_room(since, n_more);
+    if (has_histories()) {
+        make_room(histories, n_more);
+    }
+}
+
 void policy::insert(uint32_t i) {
     active.insert(i, true);
     held.insert(i, false);
     returns.insert(i, false);
-    make_room(since);
     since.insert(since.begin() + i, uint16_t(0));
     if (has_histories()) {
-        make_room(histories);
         histories.insert(histories.begin() + i, history());
     }
     waiting_stale |= i + 1 < n_tokens();

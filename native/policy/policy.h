@@ -92,6 +92,7 @@ public:
     void resize(uint32_t pool_cells);
 
     // Bookkeeping, by the engine, after the ranking's.
+    void reserve(size_t n_more);                             // so many can be inserted, whatever memory is left
     void insert(uint32_t token);                             // active
     // A token is one of another sequence, too, or a frozen copy of it: what is known of that one, but pins.
     void copy_token(uint32_t token, const policy & from, uint32_t from_token, bool frozen_copy);

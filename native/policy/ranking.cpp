@@ -25,10 +25,14 @@ float float_of(uint32_t bits) {
 
 } // namespace
 
+void ranking::reserve(size_t n_more) {
+    make_room(positions, n_more);
+    make_room(scores, n_more);
+    make_room(peaks, n_more);
+    pins.reserve(n_more);
+}
+
 void ranking::insert(uint32_t token, int32_t pos) {
-    make_room(positions);
-    make_room(scores);
-    make_room(peaks);
     positions.insert(positions.begin() + token, pos);
     scores.insert(scores.begin() + token, UNSEEN);
     peaks.insert(peaks.begin() + token, 0.0f);

@@ -26,6 +26,7 @@ public:
     ranking(float ema, uint32_t interval) : ema(ema), interval(interval) {}
 
     // Bookkeeping, by the engine. Positions ascend.
+    void reserve(size_t n_more); // so many can be inserted, whatever memory is left
     void insert(uint32_t token, int32_t pos);
     void copy_token(uint32_t token, const ranking & from, uint32_t from_token); // its scores
     void move_to(uint32_t token, int32_t pos);                                  // positions have changed

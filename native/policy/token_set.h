@@ -1,6 +1,8 @@
 // A set of tokens, by number: one bit for each, in words of 64, so that a question about all of them is asked of 64 at a time.
 #pragma once
 
+#include "common.h"
+
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -26,6 +28,7 @@ public:
     }
     uint32_t count(uint32_t begin, uint32_t end) const; // of [begin, end)
 
+    void reserve(size_t n_more) { make_room(words, n_more / 64 + 1); }
     // Tokens come and go: those behind move up or down.
     void insert(uint32_t at, bool in);
     void erase(uint32_t begin, uint32_t end);

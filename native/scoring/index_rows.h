@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -11,6 +12,7 @@ class index_rows {
 public:
     index_rows(uint32_t n_rows, uint32_t tokens_per_row);
 
+    void     reserve(size_t n_records) { rows.reserve(n_records); }
     // after: the record before it, -1 for none or one of other sequences: a mean is of tokens that belong together.
     void     append(uint32_t record, int64_t after);
     void     release(uint32_t record);

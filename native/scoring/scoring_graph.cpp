@@ -45,8 +45,9 @@ ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
 struct scoring_graphs::graph {
     graph(const relevance & kept, const std::vector<size_t> & layers, const scoring_shape & shape);
 
-    const scoring_shape shape;
-    ggml_context_ptr    holder;
+    const scoring_shape  shape;
+    std::vector<uint8_t> meta; // memory of the tensors: ggml's own would abort where there is none
+    ggml_context_ptr     holder;
     ggml_cgraph *       nodes   = nullptr;
     ggml_tensor *       scoring = nullptr; // I32 [n_scoring]: rows of the rings that score
     ggml_tensor *       mask    = nullptr; // F32 [n_scored, n_scoring]: log of the tokens that the row stands for; for magnitudes 0 or 1
@@ -76,7 +77,8 @@ struct scoring_graphs::part {
 scoring_graphs::graph::graph(const relevance & kept, const std::vector<size_t> & layers, const scoring_shape & shape) : shape(shape) {
     const size_t n_chunks = (shape.n_scoring + QUERIES_AT_ONCE - 1) / QUERIES_AT_ONCE;
     const size_t n_most   = 8 + layers.size()*(160 + 64*n_chunks);
-    ggml_init_params params = { n_most*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_most, false), nullptr, true };
+    meta.resize(n_most*ggml_tensor_overhead() + ggml_graph_overhead_custom(n_most, false));
+    ggml_init_params params = { meta.size(), meta.data(), true };
     holder.reset(ggml_init(params));
     ggml_context * ctx = holder.get();
     nodes = ggml_new_graph_custom(ctx, n_most, false);

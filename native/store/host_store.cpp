@@ -34,6 +34,9 @@ bool host_store::grow(size_t wanted) {
             return false;
         }
     }
+    arenas.reserve(arenas.size() + 1); // before anything is taken; and no slot that is released needs memory
+    where.reserve(where.size() + n);
+    free_slots.reserve(where.size() + n);
     const bool fails = fail_arena_in > 0 && --fail_arena_in == 0;
     ggml_backend_buffer_t arena = fails ? nullptr : allocate_host(buft, n*slot_bytes, budget);
     if (!arena) {
