@@ -16,7 +16,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from asrkf_gguf import KVStats, Llama, resolve_model
-from asrkf_gguf.cli import pool_size, prompt_progress
+from asrkf_gguf.cli.run import pool_size, prompt_progress
 from asrkf_gguf.stats import MIB
 from asrkf_gguf.texts import topics
 

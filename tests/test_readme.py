@@ -231,8 +231,10 @@ def parsers(parser: argparse.ArgumentParser, name: str) -> dict[str, argparse.Ar
 def test_commands_have_the_options_that_a_page_gives_them(page):
     bench_parser = argparse.ArgumentParser()
     bench.add_arguments(bench_parser, in_checkout=True)
-    known = parsers(cli.make_parser("bench"), "asrkf") | parsers(cli.make_parser("serve"), "asrkf") | parsers(bench_parser, "scripts/bench")
-    known |= {name: parser for name, parser in parsers(cli.make_parser("bench"), "asrkf").items() if name.startswith("asrkf bench")}
+    known = parsers(bench_parser, "scripts/bench")
+    for command in cli.COMMANDS:  # each parser has the options of its own command only
+        own = f"asrkf {command.name}"
+        known |= {name: parser for name, parser in parsers(cli.make_parser(command.name), "asrkf").items() if name.startswith(own)}
     text = re.sub(r"\\\n *", "", page.read_text())
     for line in re.findall(r"^(?: {4}|\w+=\S+ )*((?:asrkf|scripts/bench) [^\n]*)|`((?:asrkf|scripts/bench) [^`]*)`", text, re.M):
         for command in "".join(line).split("#")[0].split(" ; "):

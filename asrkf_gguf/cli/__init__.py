@@ -1,0 +1,67 @@
+"""The command `asrkf`: run or serve a model with a KV pool, or show what this build can do.
+
+A subcommand is a row of COMMANDS and a module with two functions: add_arguments(parser), and main(arguments), which returns the
+exit status. Only the module of the chosen subcommand is imported: some need packages that nothing else does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import re
+import sys
+from dataclasses import dataclass
+from typing import Optional
+
+from .. import _native
+
+
+@dataclass(frozen=True)
+class Command:
+    name: str
+    module: str
+    """In this package, with its add_arguments() and main()."""
+    help: str
+
+
+COMMANDS = (
+    Command("run", "cli.run", "generate text, streaming, with the cache's figures at the end"),
+    Command("info", "cli.info", "what this build can do, and what a model's cache needs"),
+    Command("plan", "plan", "does a model fit the device, or a card of a given size, and with which cache"),
+    Command("calibrate", "calibrate", "measure a model's layers, for layers=two and layers=each"),
+    Command("bench", "bench", "quality and needles of any GGUF against the full cache"),
+    Command("serve", "serve", 'an OpenAI-compatible server; pip install "asrkf-gguf[serve]"'),
+)
+
+
+def make_parser(chosen: str) -> argparse.ArgumentParser:
+    """The command line, with the options of the chosen subcommand only."""
+    parser = argparse.ArgumentParser(prog="asrkf", description="Run or serve a model with a KV pool, or show what this build can do.")
+    version = _native.ffi.string(_native.lib.asrkf_version()).decode()
+    parser.add_argument("--version", action="version", version=f"asrkf {version}")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        subparser = subparsers.add_parser(command.name, help=command.help)
+        if command.name == chosen:
+            module = importlib.import_module(f"asrkf_gguf.{command.module}")
+            module.add_arguments(subparser)
+            subparser.set_defaults(function=module.main)
+    return parser
+
+
+def main(argv: Optional[list[str]] = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else ""
+    if command == "serve":  # llama_cpp.server writes its options with _, we with -
+        argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
+    logging.basicConfig(format="asrkf: %(message)s")
+    logging.getLogger("asrkf_gguf").setLevel(logging.INFO)
+    try:
+        arguments = make_parser(command).parse_args(argv)
+        return arguments.function(arguments)
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        print(f"asrkf {command}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whoever wrote it
+        return 1
+    except KeyboardInterrupt:
+        return 130
