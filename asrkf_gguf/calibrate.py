@@ -169,7 +169,7 @@ def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: O
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
     parser.add_argument("--text", help="a text file; default: the standard library's pydoc_data.topics")
     parser.add_argument("--thorough", action="store_true", help="run the model once for each layer and each set of scoring layers: minutes to hours")
     parser.add_argument("--tokens", type=int, help=f"tokens of the text (default {TEXT_TOKENS}; thorough: 1280, for the sensitivities)")

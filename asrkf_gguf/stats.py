@@ -13,6 +13,10 @@ from .config import POLICIES
 MIB = 1 << 20
 
 
+def human(n_bytes: int) -> str:
+    return f"{n_bytes / (1 << 30):.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / MIB:.1f} MiB"
+
+
 @dataclass(frozen=True)
 class GroupStats:
     """One layer group: layers that share one set of active tokens."""

@@ -138,11 +138,11 @@ def kind_in_q4_k_m(name: str, n_layer: int) -> gguf.GGMLQuantizationType:
     return kinds.Q6_K if name == "output.weight" or (name.endswith(("attn_v.weight", "ffn_down.weight")) and more) else kinds.Q4_K
 
 
-def write_llama3_shape(path: Path, n_ctx: int = 8192, n_layer: int = 32, vocab: Path | None = None) -> None:
+def write_llama3_shape(path: Path, n_ctx: int = 8192, n_layer: int = 32, **other: object) -> None:
     """LLaMA-3 8B as Q4_K_M, or 3.1 8B (n_ctx=131072, with its rope factors): a header of the true sizes, no weights."""
     factors = {"rope_freqs.weight": (64,)} if n_ctx > 8192 else {}
-    write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=n_ctx, rope_base=500000.0, vocab=vocab,
-                kind=gguf.GGMLQuantizationType.F32, kind_of=lambda name: kind_in_q4_k_m(name, n_layer), untied=True, extra=factors)
+    write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=n_ctx, rope_base=500000.0,
+                kind=gguf.GGMLQuantizationType.F32, kind_of=lambda name: kind_in_q4_k_m(name, n_layer), untied=True, extra=factors, **other)
 
 
 def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
@@ -155,6 +155,23 @@ def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:
     """LLaMA-3 8B's shape and true vocabulary, n_layer of its 32 layers, Q4_0 (32 layers: about 4.3 GB)."""
     write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=8192,
                 rope_base=500000.0, kind=gguf.GGMLQuantizationType.Q4_0, vocab=vocab)
+
+
+def split(path: Path, n_parts: int) -> list[Path]:
+    """The same model in so many parts; the file itself is gone."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents(), split_max_tensors=-(-len(reader.tensors) // n_parts))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[1] if len(field.types) > 1 else None)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    path.unlink()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(path.parent.glob(f"{path.stem}-*-of-{n_parts:05}.gguf"))
 
 
 def write_lora(path: Path, *, n_layer: int = 2, n_embd: int = 256, rank: int = 4) -> None:

@@ -1,140 +1,315 @@
-"""Models from a hub: a small server on this machine speaks the hub's protocol, and a child process is told to ask it."""
+"""Models from a hub: a server on this machine speaks the hub's protocol, and a child process is told to ask it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import threading
+import contextlib
+import os
+import struct
+import subprocess
+import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import python
-from make_models import write_llama3_shape, write_tiny
+from conftest import ROOT, python
+from hub_server import COMMIT, TOKEN, Hub, running
+from make_models import split, write_llama3_shape, write_lora, write_tiny
 
+from asrkf_gguf import hub as asrkf_hub
 from asrkf_gguf.models import cache_folder
 
-REPOSITORY, FILE = "someone/tiny-GGUF", "tiny.Q4_0.gguf"
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """One repository with a few files."""
-
-    protocol_version = "HTTP/1.1"
-    folder: Path
-    asked: list[str]
-
-    def answer(self, status: int, body: bytes, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in {"Content_Length": str(len(body)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        self.asked.append(f"{self.command} {self.path}")
-        name = re.fullmatch(rf"/{REPOSITORY}/resolve/(?:main|{COMMIT})/([^?]*)", self.path)
-        if name and (self.folder / name[1]).is_file():
-            file, asked = self.folder / name[1], re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-            begin, end = (int(asked[1]), int(asked[2] or file.stat().st_size - 1) + 1) if asked else (0, file.stat().st_size)
-            known = {"ETag": f'"{hashlib.sha256(name[1].encode()).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            if asked:
-                known["Content-Range"] = f"bytes {begin}-{end - 1}/{file.stat().st_size}"
-            with file.open("rb") as source:
-                source.seek(begin)
-                self.answer(206 if asked else 200, source.read(end - begin) if self.command == "GET" else b"", **known,
-                            Content_Length=str(end - begin))  # fmt: skip
-            self.asked.append(f"sent {end - begin if self.command == 'GET' else 0}")
-        elif self.path.startswith(f"/api/models/{REPOSITORY}/tree/"):
-            self.answer(200, json.dumps(self.entries()).encode(), Content_Type="application/json")
-        elif re.match(rf"/api/models/{REPOSITORY}(/revision/main)?(\?|$)", self.path):
-            about = {"_id": "1", "id": REPOSITORY, "sha": COMMIT, "siblings": [{"rfilename": entry["path"]} for entry in self.entries()]}
-            self.answer(200, json.dumps(about).encode(), Content_Type="application/json")
-        elif self.path.startswith(f"/{REPOSITORY}/"):
-            self.answer(404, b"", X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
-        else:
-            self.answer(404, b"", X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-
-    do_HEAD = do_GET
-
-    def do_POST(self) -> None:
-        """paths-info: which of these paths are there."""
-        paths = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["paths"]
-        self.answer(200, json.dumps([entry for entry in self.entries() if entry["path"] in paths]).encode(), Content_Type="application/json")
-
-    def entries(self) -> list[dict[str, object]]:
-        return [{"type": "file", "oid": "0" * 40, "size": path.stat().st_size, "path": path.name} for path in sorted(self.folder.glob("*.gguf"))]
-
-    def log_message(self, *_: object) -> None:
-        """Quiet."""
+FILE = "tiny.Q4_0.gguf"
+MIB = 1 << 20
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Its address, and what it was asked."""
-    write_tiny(tmp_path / FILE)
-    asked: list[str] = []
-    handler = type("TinyHub", (Hub,), {"folder": tmp_path, "asked": asked})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", asked
-    server.shutdown()
-    server.server_close()
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    (tmp_path / "repository").mkdir()
+    write_tiny(tmp_path / "repository" / FILE)
+    (tmp_path / "repository" / "README.md").write_text("A model.")
+    with running(tmp_path / "repository") as server:
+        yield server
 
 
-def ask(hub: str, home: Path, code: str):
-    setting = {"HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    return python(code, **setting)
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
 
 
-def test_hf_names_a_file_of_a_repository_which_is_fetched_once(hub, tmp_path):
-    address, asked = hub
-    code = f"from asrkf_gguf import resolve_model; print(resolve_model('hf:{REPOSITORY}/{FILE}'))"
-    first = ask(address, tmp_path / "home", code)
-    assert first.returncode == 0, first.stderr
-    assert Path(first.stdout.strip()).read_bytes() == (tmp_path / FILE).read_bytes()
-    n_fetched = sum(line.startswith("GET") for line in asked)
-    assert n_fetched >= 1
-    again = ask(address, tmp_path / "home", code)
-    assert again.stdout == first.stdout and sum(line.startswith("GET") for line in asked) == n_fetched
+def settings(hub: Hub, home: Path, **more: str) -> dict[str, str]:
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_TOKEN": ""}
+    return {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), **quiet, **more}
 
 
-def test_a_file_that_the_repository_does_not_have_is_an_error_that_names_it(hub, tmp_path):
-    result = ask(hub[0], tmp_path / "home", f"from asrkf_gguf.cli import main; raise SystemExit(main(['info', 'hf:{REPOSITORY}/other.gguf']))")
-    assert result.returncode == 1
-    assert "other.gguf" in result.stderr and result.stderr.count("\n") == 1
+def ask(hub: Hub, home: Path, code: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return python(code, **settings(hub, home, **more))
 
 
-def test_from_pretrained_makes_our_llama_with_its_policy(hub, tmp_path):
-    options = "n_ctx=512, verbose=False, kv_policy='asrkf', kv_pool=512"
-    code = (
-        f"from asrkf_gguf import Llama\nllm = Llama.from_pretrained({REPOSITORY!r}, '*Q4_0.gguf', {options})\n"
-        "llm.eval(list(range(100)))\nprint(type(llm).__module__, llm.kv_stats().policy, llm.kv_stats().tokens)"
-    )
-    result = ask(hub[0], tmp_path / "home", code)
+RESOLVE = """
+import logging, sys
+from asrkf_gguf import resolve_model
+logging.basicConfig()
+try:
+    print(resolve_model(sys.argv[1]))
+except (ValueError, RuntimeError) as error:
+    sys.exit(str(error))
+"""
+
+
+def resolve(hub: Hub, home: Path, name: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """Its path on stdout, or one line on stderr, and the log there."""
+    return ask(hub, home, RESOLVE.replace("sys.argv[1]", repr(name)), **more)
+
+
+def path_of(result: subprocess.CompletedProcess[str]) -> Path:
     assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == ["asrkf_gguf.llama", "asrkf", "100"]
+    return Path(result.stdout.strip())
 
 
-def test_a_plan_reads_the_header_of_one_quantisation_and_no_weights(hub, tmp_path):
-    address, asked = hub
+def line_of(result: subprocess.CompletedProcess[str]) -> str:
+    """The one line of what was refused."""
+    assert result.returncode == 1 and result.stdout == "" and result.stderr.count("\n") == 1, result.stderr
+    return result.stderr
+
+
+def half_files(home: Path) -> list[Path]:
+    return list(home.rglob("*.incomplete"))
+
+
+# which file
+
+@pytest.mark.parametrize("name", ["", ":Q4_0", ":q4_0", "/tiny.Q4_0.gguf", "/*.gguf", "@v1:Q4_0", f"@{COMMIT}"])
+def test_a_name_is_enough_if_one_file_fits_it_and_it_is_fetched_once(hub, home, name):
+    first = path_of(resolve(hub, home, f"hf:{hub.repository}{name}"))
+    assert first.read_bytes() == (hub.folder / FILE).read_bytes()
+    n_contents = hub.contents()
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}{name}")) == first
+    assert hub.contents() == n_contents >= 1 and not half_files(home)
+
+
+@pytest.mark.parametrize(("quant", "path", "fits"), [
+    ("Q4_K_M", "a-Q4_K_M.gguf", True), ("q4_k_m", "a.Q4_K_M.gguf", True), ("Q4_K_M", "Q4_K_M/a-00001-of-00002.gguf", True),
+    ("Q4_K", "a-Q4_K_M.gguf", False), ("Q4_K_M", "a_q4_k_m.gguf", True), ("F16", "a-BF16.gguf", False),
+    ("Q4_0", "a-Q4_0_4_4.gguf", False), ("Q4_K_XL", "a-UD-Q4_K_XL.gguf", True),
+    ("F16", "mmproj-F16.gguf", False), ("", "a.imatrix.gguf", False), ("", "a.gguf", True),
+])  # fmt: skip
+def test_a_quantisation_is_a_whole_word_of_the_name(quant, path, fits):
+    assert asrkf_hub.Name("a/b", quant=quant).fits(path) == fits
+
+
+@pytest.mark.parametrize("text", ["hf:", "hf:a", "hf:a/", "hf:a/b:", "hf:a/b/", "hf:a/b@", "hf:a b/c", "hf:a/b:Q4/c"])
+def test_what_is_not_a_name_is_refused_with_the_form(text):
+    with pytest.raises(ValueError, match="is not hf:OWNER/REPO"):
+        asrkf_hub.Name.parse(text)
+
+
+def test_a_choice_that_is_not_clear_lists_what_there_is(hub, home):
+    write_tiny(hub.folder / "tiny.Q8_0.gguf")
+    for name, n in (("", "2"), (":Q5_K_M", "no"), ("/none.gguf", "no")):
+        for command in ("run", "plan"):
+            arguments = [command, f"hf:{hub.repository}{name}", *(["-p", "x"] if command == "run" else [])]
+            line = line_of(ask(hub, home, f"from asrkf_gguf.cli import main; raise SystemExit(main({arguments!r}))"))
+            assert f"{n} files fit" in line and "tiny.Q4_0.gguf (1.6 MiB), tiny.Q8_0.gguf (1.6 MiB)" in line
+    assert hub.contents() == 0
+
+
+def test_a_repository_without_a_gguf_says_where_they_are(hub, home):
+    (hub.folder / FILE).rename(hub.folder / "model.safetensors")
+    assert "names end in -GGUF" in line_of(resolve(hub, home, f"hf:{hub.repository}"))
+
+
+def test_a_split_model_comes_with_all_its_parts_and_loads(hub, home):
+    parts = split(hub.folder / FILE, 3)
+    assert len(parts) == 3
+    code = (f"from asrkf_gguf import Llama\nllm = Llama.from_pretrained({hub.repository!r}, quant='Q4_0', n_ctx=512, verbose=False)\n"
+            "llm.eval(range(9))\nprint(llm.model_path)")  # fmt: skip
+    path = path_of(ask(hub, home, code))
+    assert path.name == parts[0].name and sorted(other.name for other in path.parent.iterdir()) == [part.name for part in parts]
+
+
+def test_a_part_that_the_repository_lacks_is_named_before_the_others_are_fetched(hub, home):
+    split(hub.folder / FILE, 3)[1].unlink()
+    line = line_of(resolve(hub, home, f"hf:{hub.repository}:Q4_0"))
+    assert "lacks 1 of the 3 parts: tiny.Q4_0-00002-of-00003.gguf" in line and hub.contents() == 0
+
+
+# whole, or not at all
+
+@pytest.fixture
+def large(hub) -> str:
+    """The name of a file of 48 MiB: the hub's library writes 10 MiB at a time."""
+    write_tiny(hub.folder / "large.Q8_0.gguf", n_ff=16384)
+    assert (hub.folder / "large.Q8_0.gguf").stat().st_size > 48 * MIB
+    return "large.Q8_0.gguf"
+
+
+def begins(hub: Hub) -> list[str]:
+    """Where each request for the content began."""
+    asked = (line.split()[2] for line in hub.asked if line.startswith("GET /cdn/"))
+    return [begin for begin in asked if begin == "all" or begin.endswith("-")]
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+def test_a_cut_connection_goes_on_where_it_was_cut(hub, home, large, how):
+    hub.cuts = [(25 * MIB, how), (15 * MIB, how)]
+    path = path_of(resolve(hub, home, f"hf:{hub.repository}:Q8_0"))
+    assert path.read_bytes() == (hub.folder / large).read_bytes()
+    first, second, third = begins(hub)
+    assert first == "all" and 0 < int(second[6:-1]) < int(third[6:-1])
+
+
+def test_after_the_program_ended_another_goes_on_and_half_a_file_is_no_file(hub, home, large):
+    hub.cuts = [(35 * MIB, "hang")]
+    name = f"hf:{hub.repository}:Q8_0"
+    code = f"from asrkf_gguf import resolve_model; resolve_model({name!r})"
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **settings(hub, home)}, stderr=subprocess.DEVNULL)
+    assert hub.hangs.wait(60)
+    while not (half := half_files(home)) or half[0].stat().st_size == 0:
+        assert child.poll() is None
+    child.kill()
+    child.wait()
+    kept = half_files(home)[0].stat().st_size
+    assert kept >= 10 * MIB
+    assert "the cache has no file of it" in line_of(resolve(hub, home, name, HF_HUB_OFFLINE="1"))
+    assert path_of(resolve(hub, home, name)).read_bytes() == (hub.folder / large).read_bytes() and not half_files(home)
+    assert begins(hub) == ["all", f"bytes={kept}-"]
+
+
+def test_a_file_with_another_hash_is_deleted(hub, home):
+    hub.corrupt = True
+    assert "does not have the hub's hash" in line_of(resolve(hub, home, f"hf:{hub.repository}"))
+    assert not half_files(home) and not list(home.rglob("*.gguf"))
+    hub.corrupt = False
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}")).read_bytes() == (hub.folder / FILE).read_bytes()
+
+
+def test_a_file_of_another_size_in_the_cache_is_fetched_again(hub, home):
+    path = path_of(resolve(hub, home, f"hf:{hub.repository}"))
+    os.truncate(path, 1000)
+    again = resolve(hub, home, f"hf:{hub.repository}")
+    assert path_of(again).read_bytes() == (hub.folder / FILE).read_bytes() and "in the cache has 1000 bytes" in again.stderr
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_the_first_byte(hub, home):
+    with (hub.folder / "tiny.F32.gguf").open("wb") as file:
+        file.truncate(8 << 40)
+    hub.digests["tiny.F32.gguf"] = "0" * 64
+    line = line_of(resolve(hub, home, f"hf:{hub.repository}:F32"))
+    assert "8192.00 GiB are to be fetched" in line and "HF_HUB_CACHE" in line and hub.contents() == 0
+
+
+def test_a_server_that_gives_nothing_more_is_an_error_that_says_what_is_kept(hub, home, large):
+    hub.cuts = [(25 * MIB, "reset"), (0, "reset")]
+    result = resolve(hub, home, f"hf:{hub.repository}:Q8_0")
+    assert result.returncode == 1 and "run it again" in result.stderr.splitlines()[-1]
+    (half,) = half_files(home)
+    assert half.stat().st_size >= 10 * MIB
+    path_of(resolve(hub, home, f"hf:{hub.repository}:Q8_0"))
+
+
+# who may
+
+def test_the_token_is_the_users_and_is_shown_to_the_hub_alone(hub, home):
+    hub.is_gated = True
+    assert "is gated: ask for access at" in (line := line_of(resolve(hub, home, f"hf:{hub.repository}"))) and "HF_TOKEN" in line
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}", HF_TOKEN=TOKEN)).is_file()
+    (home / "token").write_text(TOKEN)
+    write_tiny(hub.folder / "tiny.Q8_0.gguf", n_layer=1)
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}:Q8_0")).is_file()
+    assert {line.split()[-1] for line in hub.asked if " /cdn/" in line} == {"anyone"}
+
+
+@pytest.mark.parametrize(("name", "state", "token", "says"), [
+    ("", {"is_gated": True, "lets_in": False}, TOKEN, "is gated: ask for access"),
+    ("", {"is_private": True}, "", "or it is private"),
+    ("", {}, "hf_expired", "the token is not accepted"),
+    ("x", {}, "", "there is no http"),
+    ("x", {}, TOKEN, "there is no http"),
+    ("@v2", {}, "", "has no revision 'v2'"),
+])  # fmt: skip
+def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub, home, name, state, token, says):
+    vars(hub).update(state)
+    assert says in line_of(resolve(hub, home, f"hf:{hub.repository}{name}", HF_TOKEN=token))
+
+
+# without a network
+
+def test_offline_the_cache_alone_is_asked(hub, home):
+    path = path_of(resolve(hub, home, f"hf:{hub.repository}:Q4_0"))
+    n_asked = len(hub.asked)
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}:Q4_0", HF_HUB_OFFLINE="1")) == path
+    assert path_of(resolve(hub, home, f"hf:{hub.repository}@{COMMIT}", HF_HUB_OFFLINE="1")) == path
+    assert "no files fit; there are: tiny.Q4_0.gguf" in line_of(resolve(hub, home, f"hf:{hub.repository}:Q8_0", HF_HUB_OFFLINE="1"))
+    assert len(hub.asked) == n_asked
+
+
+def test_a_hub_that_does_not_answer_leaves_the_copy_in_the_cache_and_it_says_so(hub, home):
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:1"}
+    assert "the hub does not answer" in line_of(resolve(hub, home, f"hf:{hub.repository}", **nobody))
+    path = path_of(resolve(hub, home, f"hf:{hub.repository}"))
+    result = resolve(hub, home, f"hf:{hub.repository}", **nobody)
+    assert path_of(result) == path and "taking the copy in" in result.stderr
+
+
+# what it is
+
+def test_what_is_not_a_model_is_refused_after_its_header(hub, home):
+    write_lora(hub.folder / "adapter.gguf")
+    assert "is a LoRA adapter" in line_of(resolve(hub, home, f"hf:{hub.repository}/adapter.gguf"))
+    write_llama3_shape(hub.folder / "other.gguf", arch="sd3")
+    hub.digests["other.gguf"] = "0" * 64
+    assert "does not know its architecture 'sd3'" in line_of(resolve(hub, home, f"hf:{hub.repository}/other.gguf"))
+    (hub.folder / "short.gguf").write_bytes((hub.folder / FILE).read_bytes()[:-1000])
+    assert "short.gguf is truncated" in line_of(resolve(hub, home, f"hf:{hub.repository}/short.gguf"))
+    assert hub.sent["other.gguf"] < (24 << 20) and not half_files(home)
+
+
+# Llama
+
+@pytest.mark.parametrize("which", ["quant='Q4_0'", "'*Q4_0.gguf'", "filename='tiny.Q4_0.gguf', revision='v1'", "cache_dir='CACHE'",
+                                   "'*.gguf', local_dir='LOCAL'"])  # fmt: skip
+def test_from_pretrained_makes_our_llama_with_its_policy(hub, home, which):
+    which = which.replace("CACHE", str(home / "mine")).replace("LOCAL", str(home / "local"))
+    options = "n_ctx=512, verbose=False, kv_policy='asrkf', kv_pool=512"
+    code = (f"from asrkf_gguf import Llama\nllm = Llama.from_pretrained({hub.repository!r}, {which}, {options})\n"
+            "llm.eval(list(range(100)))\nprint(type(llm).__module__, llm.kv_stats().policy, llm.kv_stats().tokens, llm.model_path)")  # fmt: skip
+    result = ask(hub, home, code)
+    assert result.returncode == 0, result.stderr
+    *what, path = result.stdout.split()
+    assert what == ["asrkf_gguf.llama", "asrkf", "100"]
+    assert Path(path).is_relative_to(home / ("mine" if "mine" in which else "local" if "local" in which else "hub"))
+
+
+def test_from_pretrained_does_not_mix_two_ways_of_naming_a_file(hub, home):
+    result = ask(hub, home, f"from asrkf_gguf import Llama\nLlama.from_pretrained({hub.repository!r}, quant='Q4_0', local_dir='x')")
+    assert "local_dir and additional_files need a filename" in result.stderr
+
+
+def test_a_plan_reads_the_header_of_one_quantisation_and_no_weights(hub, home):
     vocab = next(cache_folder().glob("llama.cpp-*")) / "models/ggml-vocab-llama-bpe.gguf"
-    write_llama3_shape(tmp_path / "big.Q4_K_M.gguf", vocab=vocab)  # 4.6 GiB with a vocabulary of megabytes, most of it a hole
+    write_llama3_shape(hub.folder / "big.Q4_K_M.gguf", vocab=vocab)  # 4.6 GiB with a vocabulary of megabytes, most of it a hole
+    hub.digests["big.Q4_K_M.gguf"] = "0" * 64
     code = "from asrkf_gguf import plan; import dataclasses, json; print(json.dumps(dataclasses.asdict(plan(%r, 8192, vram='8GiB'))['sides']))"
-    there = ask(address, tmp_path / "home", code % f"hf:{REPOSITORY}:q4_k_m")
+    there = ask(hub, home, code % f"hf:{hub.repository}:q4_k_m")
     assert there.returncode == 0, there.stderr
-    assert there.stdout == ask(address, tmp_path / "home", code % str(tmp_path / "big.Q4_K_M.gguf")).stdout
-    sent = sum(int(line.split()[1]) for line in asked if line.startswith("sent"))
-    assert (4 << 20) < sent < (70 << 20)
+    assert there.stdout == ask(hub, home, code % str(hub.folder / "big.Q4_K_M.gguf")).stdout
+    assert (4 << 20) < hub.sent["big.Q4_K_M.gguf"] < (24 << 20)
 
 
-def test_a_plan_lists_what_there_is_if_the_choice_is_not_clear(hub, tmp_path):
-    write_tiny(tmp_path / "tiny.Q8_0.gguf")
-    for name in (f"hf:{REPOSITORY}", f"hf:{REPOSITORY}:Q5_K_M", f"hf:{REPOSITORY}/none.gguf"):
-        result = ask(hub[0], tmp_path / "home", f"from asrkf_gguf.cli import main; raise SystemExit(main(['plan', {name!r}]))")
-        assert result.returncode == 1 and result.stderr.count("\n") == 1
-        assert "tiny.Q4_0.gguf, tiny.Q8_0.gguf" in result.stderr
+def test_a_bar_is_shown_on_a_terminal(hub, home):
+    """In a pseudo-terminal: where stderr is none, there is no bar."""
+    import fcntl
+    import pty
+    import termios
+
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    code = f"from asrkf_gguf import resolve_model; resolve_model('hf:{hub.repository}')"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **settings(hub, home)}, stderr=theirs, check=True, cwd=ROOT)
+    os.close(theirs)
+    shown = ""
+    with contextlib.suppress(OSError):  # the end of a pseudo-terminal
+        while piece := os.read(ours, 1 << 16):
+            shown += piece.decode()
+    os.close(ours)
+    assert FILE in shown and "%|" in shown

@@ -96,7 +96,7 @@ def test_the_command_prints_a_table_or_json_and_warns_past_the_training(tiny, ca
 
 
 @pytest.mark.parametrize(("arguments", "part"), [
-    (["/nonexistent.gguf"], "does not exist"), ([__file__], "cannot be read as a GGUF model"), (["{}", "--vram", "8 apples"], "unknown unit"),
+    (["/nonexistent.gguf"], "does not exist"), ([__file__], "is not a GGUF file but another format"), (["{}", "--vram", "8 apples"], "unknown unit"),
     (["{}", "-c", "-5"], "n_ctx=-5"), (["{}", "--kv-policy", "arskf"], 'did you mean "asrkf"'), (["hf:nobody"], "is not hf:OWNER/REPO"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line(tiny, capsys, arguments, part):

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", default="smollm2", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf (default smollm2)")
+    command.add_argument("--model", default="smollm2", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT (default smollm2)")
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--out", type=Path, help="file to write (default: in results/)")
 
