@@ -2,7 +2,7 @@
 upstream's full cache and by a pool of a quarter. In the pool the fact lies far outside the window, so it is frozen while
 the text is read, and must be recalled to be answered.
 
-    scripts/demo [MODEL.gguf | smollm2 | hf:OWNER/REPO/FILE.gguf] [--text FILE] [--fact F --question Q] [--depth 0.4] [--pool 2048]
+    scripts/demo [MODEL.gguf | smollm2 | hf:OWNER/REPO:QUANT] [--text FILE] [--fact F --question Q] [--depth 0.4] [--pool 2048]
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from ..stats import MIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("model", nargs="?", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
 
 
 def devices() -> list[str]:

@@ -54,7 +54,7 @@ def summary(stats: KVStats) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
     parser.add_argument("-p", "--prompt", help="the prompt")
     parser.add_argument("-f", "--file", help="a file with the prompt")
     parser.add_argument("-c", "--n-ctx", type=int, default=8192, help="context, tokens (default 8192)")
