@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -134,6 +134,8 @@ def _explained(name: Name) -> Iterator[None]:
         remedy = f"the token is not accepted: {login} anew" if status in (401, 403) else str(error)
         raise RuntimeError(f"{name}: {page} answered {status}: {remedy}") from error
     except _NETWORK as error:
+        if getattr(error, "filename", None):  # of this machine: its text says which file, and why
+            raise
         raise RuntimeError(f"{name}: {error or type(error).__name__}; run it again: what was fetched is kept, and it goes on from there") from error
 
 
@@ -166,9 +168,18 @@ class _Cache:
         return snapshot, [File(path.relative_to(snapshot).as_posix(), path.stat().st_size) for path in sorted(snapshot.rglob("*.gguf"))]
 
 
+class _NoAnswer(Exception):
+    """There is no connection to the hub, or none is wanted; the cause says which."""
+
+
 def _ask(name: Name) -> tuple[str, list[File]]:
     """The commit that the revision is now, and the files in it."""
-    about: Any = huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
+    try:
+        about: Any = huggingface_hub.HfApi().model_info(name.repository, revision=name.revision, files_metadata=True)
+    except errors.HfHubHTTPError:
+        raise
+    except _NETWORK as error:
+        raise _NoAnswer from error
     found = about.siblings or []
     return about.sha, [File(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else one.blob_id or "") for one in found]
 
@@ -183,10 +194,8 @@ def fetch(name: Name, cache: Union[str, os.PathLike[str], None] = None) -> Path:
     with _explained(name):
         try:
             commit, files = _ask(name)
-        except errors.HfHubHTTPError:
-            raise
-        except _NETWORK as error:
-            return _from_cache(name, mine, error)
+        except _NoAnswer as silence:
+            return _from_cache(name, mine, silence.__cause__)
         parts = _choose(name, files, "the repository")
         for part in parts:
             _forget_damaged(mine, part)
@@ -200,7 +209,7 @@ def fetch(name: Name, cache: Union[str, os.PathLike[str], None] = None) -> Path:
         return first
 
 
-def _from_cache(name: Name, mine: _Cache, error: BaseException) -> Path:
+def _from_cache(name: Name, mine: _Cache, error: Optional[BaseException]) -> Path:
     snapshot, files = mine.files()
     is_wanted = isinstance(error, errors.OfflineModeIsEnabled)
     if not files:
@@ -272,11 +281,15 @@ def _link(name: Name, commit: str, part: File, mine: _Cache) -> Path:
 
 def header_of(text: str, folder: Path) -> Path:
     """The header of a model on the hub as a sparse file of the true size in `folder`, of a split model the headers of all parts: what a
-    loader needs that reads no weights. The weights are not fetched. Raises what fetch() raises.
+    loader needs that reads no weights. The weights are not fetched. Without a connection, the whole file in the cache. Raises what fetch()
+    raises.
     """
     name = Name.parse(text)
     with _explained(name):
-        commit, files = _ask(name)
+        try:
+            commit, files = _ask(name)
+        except _NoAnswer as silence:
+            return _from_cache(name, _Cache(name, None), silence.__cause__)
         return _headers(name, commit, _choose(name, files, "the repository"), folder)
 
 

@@ -242,6 +242,8 @@ def test_offline_the_cache_alone_is_asked(hub, home):
     assert path_of(resolve(hub, home, f"hf:{hub.repository}:Q4_0", HF_HUB_OFFLINE="1")) == path
     assert path_of(resolve(hub, home, f"hf:{hub.repository}@{COMMIT}", HF_HUB_OFFLINE="1")) == path
     assert "no files fit; there are: tiny.Q4_0.gguf" in line_of(resolve(hub, home, f"hf:{hub.repository}:Q8_0", HF_HUB_OFFLINE="1"))
+    planned = ask(hub, home, f"from asrkf_gguf import plan; print(plan('hf:{hub.repository}', 512).n_ctx)", HF_HUB_OFFLINE="1")
+    assert planned.stdout == "512\n", planned.stderr
     assert len(hub.asked) == n_asked
 
 
