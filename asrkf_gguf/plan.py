@@ -24,7 +24,7 @@ from .family import refuse, whole_header
 from .header import parts_of
 from .llama import with_calibration
 from .models import resolve_model
-from .stats import human, read_stats
+from .stats import human, read_device_memory, read_stats
 
 KINDS = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
@@ -112,16 +112,6 @@ def _context(model: Any, policy: str, kind: str, n_ctx: int, n_ubatch: int) -> I
             llama_cpp.llama_free(context)
 
 
-def _devices(context: Any) -> list[Any]:
-    rows: list[Any] = []
-    row = _native.struct("asrkf_device_memory")
-    while _native.lib.asrkf_get_device_memory(_native.context_pointer(context), len(rows), row) == _native.KVStatus.OK:
-        rows.append(row)
-        row = _native.struct("asrkf_device_memory")
-    _native.lib.asrkf_clear_error()
-    return rows
-
-
 def _weights_of(path: Path) -> tuple[int, int]:
     """Bytes on a GPU that has all layers, and in RAM: the input embeddings, of which a tied output is a second copy on the GPU."""
     sizes = {name: n_bytes for part in parts_of(path) for name, n_bytes in whole_header(part).tensors.items()}
@@ -163,7 +153,7 @@ def _header_of(name: str, folder: Path) -> Path:
 
 def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: Union[int, str, None], policy: str, n_ubatch: int) -> Plan:
     with _context(model, "full", "f16", n_ctx, n_ubatch) as context:
-        rows = _devices(context)
+        rows = read_device_memory(context)
         n_ctx = llama_cpp.llama_n_ctx(context)
     card = next((row for row in rows if not row.is_host), None)
     host = next((row for row in rows if row.is_host), rows[0])
@@ -178,7 +168,7 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
         def side(label: str, policy: str, kind: str) -> Side:
             try:
                 with _context(model, policy, kind, n_ctx, n_ubatch) as context:
-                    stats, rows = read_stats(context), [row for row in _devices(context) if card is None or not row.is_host]
+                    stats, rows = read_stats(context), [row for row in read_device_memory(context) if card is None or not row.is_host]
             except ValueError as error:
                 return Side(label, refused=str(error))
             kind = stats.type_k or kind
@@ -194,13 +184,13 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
             return Side(label, kind, stats.pool_cells, kv, stats.device_index_bytes, compute, max(0, needed - device_bytes), frozen)
 
         with _context(model, "full", "f16", n_ctx, n_ubatch) as context:
-            there = [row for row in _devices(context) if card is None or not row.is_host]
+            there = [row for row in read_device_memory(context) if card is None or not row.is_host]
             margin, f16_bytes = sum(row.margin_bytes for row in there), sum(row.cache_bytes for row in there)
         sides = [side("upstream", "full", kind) for kind in KINDS]
         sides.append(side(policy.split(",")[0], policy, "f16"))
     finally:
         _native.lib.asrkf_pretend_free(0)
-    device = "a card that is not here" if is_elsewhere else _native.ffi.string((card or host).name).decode()
+    device = "a card that is not here" if is_elsewhere else (card or host).name
     return Plan(name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides))
 
 

@@ -151,6 +151,32 @@ def read_stats(context: Any) -> KVStats:
     return KVStats(**plain, **special)
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """What a context has on one device: allocated, or for a model that was loaded with no_alloc, what would be."""
+
+    name: str
+    is_host: bool
+    weights_bytes: int
+    cache_bytes: int
+    """K, V and index."""
+    compute_bytes: int
+    free_bytes: int
+    margin_bytes: int
+    """That pool="auto" would leave free."""
+
+
+def read_device_memory(context: Any) -> list[DeviceMemory]:
+    """Of every device that holds something of a llama_cpp context."""
+    rows: list[DeviceMemory] = []
+    raw = _native.struct("asrkf_device_memory")
+    while _native.lib.asrkf_get_device_memory(_native.context_pointer(context), len(rows), raw) == _native.KVStatus.OK:
+        plain = {name: getattr(raw, name) for name in DeviceMemory.__dataclass_fields__ if name not in ("name", "is_host")}
+        rows.append(DeviceMemory(_native.ffi.string(raw.name).decode(), bool(raw.is_host), **plain))
+    _native.lib.asrkf_clear_error()
+    return rows
+
+
 # restores_redundant_total and outputs_total begin anew with a sequence or a loaded state: no difference of theirs means anything
 _COUNTERS = (
     "moved_to_host_bytes", "moved_to_device_bytes", "moves_to_host_total", "moves_to_device_total", "freezes_total", "restores_total",

@@ -12,7 +12,7 @@ import pytest
 from conftest import python
 
 from asrkf_gguf import bench, divergence, texts
-from asrkf_gguf.bench import measure, needles, quality, records, sides, speed
+from asrkf_gguf.bench import measure, needles, quality, records, sides, speed, tables
 from asrkf_gguf.bench.sides import Side
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
@@ -72,6 +72,9 @@ def test_a_side_is_its_policy_pool_and_type():
     assert side == Side("mine", "asrkf,ema=0.7", "0.33", "q8_0")
     assert side.is_pooled and side.cells(4096) == 1280 and side.n_ctx(4000) == 4096
     assert sides.parse_side("asrkf", "0.5") == Side("asrkf", "asrkf", "0.5")
+    two = sides.parse_side("two=full;type=q8_0/q4_0", "0.5")
+    assert sides.cache_types(two) == {"type_k": llama_cpp.GGML_TYPE_Q8_0, "type_v": llama_cpp.GGML_TYPE_Q4_0}
+    assert sides.cache_types(sides.parse_side("best=asrkf,pool=33%;type=auto", "0.5")) == {}
     short = sides.parse_side("short=full,pool=1024;ctx=pool", "0.5")
     assert not short.is_pooled and short.n_ctx(4096) == 1024
     assert sides.parse_side("n_ctx=pool", "0.5").n_ctx(4096) == 2048
@@ -81,7 +84,8 @@ def test_a_side_is_its_policy_pool_and_type():
 @pytest.mark.parametrize(("text", "reason"), [
     ("asrkff", "one of full-f16"), ("mine=", "NAME=POLICY"), ("mine=asrkf", "needs a pool"),
     ("mine=asrkf,pool=512;kind=q8_0", "type=... and ctx=pool"),
-    ("mine=asrkf,pool=512;type=q9_9", "type=q9_9"), ("mine=asrkf,colour=red,pool=512", "colour"), ("mine=asrkf,pool=512;ctx=pool", "ctx=pool is"),
+    ("mine=asrkf,pool=512;type=q9_9", "type=q9_9"), ("mine=full;type=q8_0/q4_0/q4_0", "two of them for K and V"),
+    ("mine=asrkf,colour=red,pool=512", "colour"), ("mine=asrkf,pool=512;ctx=pool", "ctx=pool is"),
     ("mine=full;ctx=pool", "ctx=pool is"), ("mine=full;ctx=half", "type=... and ctx=pool"),
 ])  # fmt: skip
 def test_a_malformed_side_is_refused_with_the_remedy(text, reason):
@@ -249,6 +253,24 @@ def test_needles_are_asked_once_and_fit_the_context(bench_command):
     rows = bench_command(*words)
     assert len(rows) == 3 * 4 and all(row["asked"] == "5" for row in rows) and FakeLlama.read > 0
     assert bench_command(*words) == rows and FakeLlama.read == 0
+
+
+def test_the_table_of_equal_bytes_has_upstreams_caches_and_pools_of_bytes_only(tmp_path):
+    def row(side: str, config: str, mib: int, kl: str, command: str = "scripts/bench quality") -> dict[str, object]:
+        given = {"side": side, "config": config, "device_bytes": mib << 20, "kl_mean": kl, "command": command}
+        fixed = {"text": "essay", "length": 4096, "kl_se": "0.001", "top1_ratio": "0.9", "commit": "abc"}
+        return {**dict.fromkeys(quality.QUALITY, ""), **fixed, **given}
+
+    table = records.Table(tmp_path / "quality.csv", quality.QUALITY)
+    chosen = "scripts/bench quality --side 'mine=asrkf,pool=33%;type=q8_0'"
+    for number, made in enumerate((
+        row("full-q4_0", "full,n_ctx=4096", 25, "0.05"), row("mine", "asrkf,pool=2560", 30, "0.006", chosen),
+        row("asrkf", "asrkf,pool=1280", 31, "0.02"), row("full-f16", "full,n_ctx=4096", 90, "0"),
+    )):  # fmt: skip
+        table.add({**made, "run": number})
+    lines = tables.equal_bytes_table(tmp_path / "quality.csv").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| full-f16", "| asrkf, pool=33%, type=q8_0", "| full-q4_0"]
+    assert lines[3] == "| asrkf, pool=33%, type=q8_0 | 30.0 MiB | 0.0060 ± 0.0010 | 90.0 % |" and f"    {chosen}" in lines
 
 
 # speed, and pictures: what they do at toy size

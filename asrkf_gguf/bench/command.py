@@ -12,7 +12,7 @@ from .plots import plot
 from .quality import quality
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, tables_of_quality, tables_of_readme
+from .tables import table, table_of_equal_bytes, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         _add_speed(add("prefill", "reading a prompt, and peak resident bytes: ours and upstream's full cache", prefill), depth=8000, rounds=3)
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
+        add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..llama import Llama
 from ..stats import MIB
 from ..texts import FILLER, NEEDLE_TASKS, PASSKEY_PREFACE, Needle, is_found, load_texts, make_needles
-from .measure import clear, feed, last_logits
+from .measure import Bar, clear, feed, last_logits
 from .records import DESCRIPTION, Table, describe, results_file, run_key
 from .sides import CELLS, REFERENCE, Side, chosen_sides, config_text, open_side, read_counters, require_frozen
 
@@ -82,7 +82,7 @@ def answer_greedily(llm: Llama) -> str:
     return llm.detokenize(tokens).decode(errors="replace")
 
 
-def ask(llm: Llama, prompt: list[int], generated: list[int], question: list[int], bar: Optional[tqdm] = None) -> str:
+def ask(llm: Llama, prompt: list[int], generated: list[int], question: list[int], bar: Optional[Bar] = None) -> str:
     """The answer. What the cache still holds of the prompt is used again; what a short context cannot hold is left out."""
     excess = len(prompt) + len(generated) + len(question) + ANSWER_TOKENS - llm.n_ctx()
     prompt = prompt[max(0, excess) :]

@@ -20,14 +20,17 @@ BATCH_TOKENS = 512
 
 @dataclass(frozen=True)
 class Side:
-    """One way to keep the cache: a policy without its pool, the pool (cells, part of the length, or bytes), a cache type."""
+    """One way to keep the cache: a policy without its pool, the pool (cells, part of the length, or bytes), and the cache's types."""
 
     name: str
     policy: str = "full"
     pool: str = ""
     type: str = "f16"
+    """Of K and V; "q8_0/q4_0": of K, and of V; "auto": what the engine chooses for a pool of bytes."""
     ctx_is_pool: bool = False
     """Upstream's cache in a context of pool cells: only the text's last tokens fit."""
+    in_host_ram: bool = False
+    """Upstream's cache beside the weights of a GPU, in host RAM (llama.cpp's --no-kv-offload)."""
 
     @property
     def is_pooled(self) -> bool:
@@ -74,7 +77,7 @@ def parse_side(text: str, pool: str) -> Side:
     policy = ",".join(pair for pair in pairs if not pair.startswith("pool="))
     side = Side(name, policy, "".join(pools[-1:]), values.get("type", "f16"), "ctx" in values)
     FreezeConfig.from_string(side.policy)  # refuses unknown keys and values
-    cache_type(side)
+    cache_types(side)
     if side.ctx_is_pool and (side.is_pooled or not isinstance(side.cells(CELLS), int)):
         raise ValueError(f"--side {text}: ctx=pool is upstream's cache with few cells: full,pool=0.33;ctx=pool")
     if side.is_pooled and not side.pool and "@" not in side.policy:
@@ -93,18 +96,24 @@ def chosen_sides(arguments: argparse.Namespace) -> list[Side]:
     return sides
 
 
-def cache_type(side: Side) -> int:
-    value = getattr(llama_cpp, f"GGML_TYPE_{side.type.upper()}", None)
-    if value is None:
-        raise ValueError(f"side {side.name}: type={side.type} is unknown: f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl")
-    return value
+def cache_types(side: Side) -> dict[str, Any]:
+    """type_k and type_v as llama_cpp wants them; none if the engine chooses."""
+    if side.type == "auto":
+        return {}
+    names = side.type.split("/") if "/" in side.type else [side.type] * 2
+    kinds = [getattr(llama_cpp, f"GGML_TYPE_{name.upper()}", None) for name in names]
+    if len(kinds) != 2 or None in kinds:
+        raise ValueError(
+            f"side {side.name}: type={side.type} is unknown: f16, bf16, f32, q8_0, q5_1, q5_0, q4_1, q4_0, iq4_nl, two of them for K and V "
+            "(q8_0/q4_0), or auto"
+        )
+    return {"type_k": kinds[0], "type_v": kinds[1]}
 
 
 def open_side(side: Side, length: int, arguments: argparse.Namespace) -> Llama:
-    kind = cache_type(side)
     return Llama(
         str(arguments.model), n_ctx=side.n_ctx(length), n_batch=BATCH_TOKENS, n_ubatch=BATCH_TOKENS, n_gpu_layers=arguments.n_gpu_layers,
-        n_threads=arguments.threads, n_threads_batch=arguments.threads, type_k=kind, type_v=kind, seed=1, verbose=False,
+        n_threads=arguments.threads, n_threads_batch=arguments.threads, **cache_types(side), seed=1, verbose=False, offload_kqv=not side.in_host_ram,
         kv_policy=side.policy, kv_pool=side.cells(length) if side.is_pooled else None,
     )  # fmt: skip
 
