@@ -46,6 +46,20 @@ PYTHON = {
     "bench.plots": {"bench.measure", "bench.records", "bench.sides", "bench.tables", "stats", "texts"},
     "bench.command": {"bench.needles", "bench.plots", "bench.quality", "bench.sides", "bench.speed", "bench.tables", "models", "texts"},
     "bench": {"bench.command", "bench.records"},
+    "compare.sides": {"bench.sides", "config"},
+    "compare.passages": {"bench.measure", "bench.needles", "bench.sides", "llama", "texts"},
+    "compare.progress": {"bench.measure", "bench.needles", "compare.passages", "llama"},
+    "compare.run": {
+        "bench.measure", "bench.needles", "bench.sides", "compare.passages", "compare.progress", "compare.sides", "llama", "stats", "texts",
+    },
+    "compare.report": {"bench.measure", "bench.records", "bench.sides", "compare.run"},
+    "compare.reading": {"compare.report", "compare.sides", "stats"},
+    "compare.tables": {"compare.report", "stats"},
+    "compare.page": {"compare.report", "compare.sides", "compare.tables", "stats"},
+    "compare.command": {
+        "compare.page", "compare.progress", "compare.reading", "compare.report", "compare.run", "compare.sides", "compare.tables", "models", "texts",
+    },
+    "compare": {"compare.command"},
     "serve": {"_compat", "_native", "config", "llama", "models", "stats"},
     "cli": {"_native"},  # and the modules of its table COMMANDS
     "cli.__main__": {"cli"},

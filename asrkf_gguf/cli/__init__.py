@@ -30,6 +30,7 @@ COMMANDS = (
     Command("info", "cli.info", "what this build can do, and what a model's cache needs"),
     Command("plan", "plan", "does a model fit the device, or a card of a given size, and with which cache"),
     Command("calibrate", "calibrate", "measure a model's layers, for layers=two and layers=each"),
+    Command("compare", "compare", "what a pool gains and costs here, with your model and text, beside upstream's caches"),
     Command("bench", "bench", "quality and needles of any GGUF against the full cache"),
     Command("serve", "serve", 'an OpenAI-compatible server; pip install "asrkf-gguf[serve]"'),
 )

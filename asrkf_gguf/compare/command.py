@@ -1,0 +1,102 @@
+"""The command line of `asrkf compare`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..models import resolve_model
+from ..texts import load_texts
+from .page import require_matplotlib, write_page
+from .progress import Progress
+from .reading import readings
+from .report import Report, make_report
+from .run import Run
+from .sides import pooled_sides
+from .tables import to_text, write_csv
+
+OWN_TEXT = "Python's language reference"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Memory, speed, predictions and facts found, of upstream's caches (F16, Q8_0, Q4_0) and of pools, on this machine. The full F16 cache "
+        "is what all are compared with. Control-C ends the run with a report of what there is."
+    )
+    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("-c", "--n-ctx", type=int, default=4096, help="context, tokens (default 4096)")
+    sizes = "parts of the bytes of the full F16 cache (0.25), bytes (512MiB), or auto: what fits the device"
+    parser.add_argument("--pools", default="0.25,0.5", help=f"{sizes} (default 0.25,0.5)")
+    parser.add_argument("--text", help=f"a file to read, best one like what you will use (default: {OWN_TEXT}, in pages that no calibration reads)")
+    parser.add_argument("--rounds", type=int, default=3, help="each reads another passage of the text (default 3)")
+    parser.add_argument("--positions", type=int, default=64, help="tokens to decode at each depth (default 64)")
+    parser.add_argument("-t", "--threads", type=int, default=None)
+    parser.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+    files = {"json": "all figures", "csv": "a row for each cache and depth", "html": "a page with plots, which loads nothing from elsewhere"}
+    for name, what in files.items():
+        parser.add_argument(f"--{name}", type=Path, metavar="FILE", help=what)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """What can be refused before anything is loaded; ValueError or OSError says what would work."""
+    for name, least in (("n_ctx", 1), ("rounds", 1), ("positions", 8)):
+        if getattr(arguments, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
+    for path in (arguments.json, arguments.csv, arguments.html):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
+    if arguments.html is not None:
+        require_matplotlib()
+
+
+def main(arguments: argparse.Namespace) -> int:
+    check(arguments)
+    pooled = pooled_sides(arguments.pools)
+    name = arguments.text or OWN_TEXT
+    text = load_texts([f"text={arguments.text or 'topics'}"])["text"]
+    arguments.model = resolve_model(arguments.model)
+    run = Run(arguments, pooled, name, text)
+    pace = run.prepare()
+    for side, reason in run.refused.items():
+        print(f"{side} is left out: {reason}", file=sys.stderr)
+    if not any(side.name in run.opened for side in pooled):
+        raise ValueError(f"no pool to compare: {'; '.join(run.refused[side.name] for side in pooled)}")
+    seconds = run.seconds(pace)
+    print(f"{len(run.opened)} caches, {arguments.rounds} rounds: about {duration(seconds)}. "
+          "Fewer --rounds, a smaller -c or fewer --pools take less; Ctrl-C ends it with a report of what there is.", file=sys.stderr)  # fmt: skip
+    with said_once():
+        run.go(Progress(pace, seconds))
+    write(make_report(run), arguments)
+    return 130 if run.stopped == "Ctrl-C" else 1 if run.stopped else 0
+
+
+@contextlib.contextmanager
+def said_once() -> Iterator[None]:
+    """What an opened model says of its pool and context was said when it was first opened."""
+    log = logging.getLogger("asrkf_gguf")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def write(report: Report, arguments: argparse.Namespace) -> None:
+    sentences = readings(report)
+    print(to_text(report, sentences))
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({**report.to_dict(), "readings": sentences}, indent=1) + "\n")
+    if arguments.csv is not None:
+        write_csv(report, arguments.csv)
+    if arguments.html is not None:
+        write_page(report, sentences, arguments.html)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"

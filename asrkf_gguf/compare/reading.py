@@ -1,0 +1,71 @@
+"""What a report comes to, in plain sentences: take upstream's cache where it is as good."""
+
+from __future__ import annotations
+
+import math
+from typing import Optional
+
+from ..stats import MIB
+from .report import Figures, Report, SideReport
+from .sides import QUANTISED, REFERENCE
+
+Q8_0, Q4_0 = (side.name for side in QUANTISED)
+EQUAL_SPEED = 0.05  # a difference of less is noise
+
+
+def readings(report: Report) -> list[str]:
+    """A sentence on upstream's caches, and one on each pool that was measured."""
+    sides = {side.name: side for side in report.sides if side.deepest is not None}
+    whole = sides.get(Q8_0) or sides.get(report.reference)
+    pools = [side for name, side in sides.items() if not name.startswith("upstream")]
+    if whole is None or not pools:
+        return ["Stopped before a pool could be compared with anything."]
+    return [_of_upstream(report, sides), *(_of_pool(pool, whole, sides.get(Q4_0)) for pool in pools)]
+
+
+def _of_upstream(report: Report, sides: dict[str, SideReport]) -> str:
+    f16 = "" if report.reference == REFERENCE.name else "The full F16 cache does not fit the device. "
+    q8_0 = sides.get(Q8_0)
+    if q8_0 is None:
+        return f16 + "There is no figure of the whole Q8_0 cache here."
+    figures = _deepest(q8_0)
+    return f"{f16}The whole Q8_0 cache fits: {_mebibytes(q8_0)}, KL {figures.kl_mean:.4f}. Take it where that is small and fast enough."
+
+
+def _of_pool(pool: SideReport, whole: SideReport, q4_0: Optional[SideReport]) -> str:
+    mine, other = _deepest(pool), _deepest(whole)
+    if not mine.frozen_cells:
+        return f"{pool.name}: all tokens fit it in {pool.type_k}, so nothing was frozen; it is a full cache."
+    size = pool_bytes(pool) / pool_bytes(whole)
+    speed = mine.decode_tokens_per_second.median / other.decode_tokens_per_second.median
+    if size >= 1 and speed < 1 + EQUAL_SPEED and not _is_nearer(mine, other):
+        return f"{pool.name} gains nothing over {whole.name} here: {size:.2f} x its bytes, decodes at {speed:.2f} x its speed."
+    text = f"{pool.name} beside {whole.name}: {size:.2f} x the bytes, decodes at {speed:.2f} x the speed, KL {mine.kl_mean:.4f}"
+    if q4_0 is not None and pool_bytes(pool) <= pool_bytes(q4_0):
+        text += ", " + _beside_q4_0(mine, _deepest(q4_0))
+    return f"{text}."
+
+
+def _beside_q4_0(mine: Figures, q4_0: Figures) -> str:
+    if _is_nearer(mine, q4_0):
+        return f"nearer to the full cache than {Q4_0} ({q4_0.kl_mean:.4f}) in no more bytes"
+    return f"no nearer to the full cache than {Q4_0} ({q4_0.kl_mean:.4f})"
+
+
+def _is_nearer(one: Figures, other: Figures) -> bool:
+    """By more than twice the standard error of the difference."""
+    return other.kl_mean - one.kl_mean > 2 * math.hypot(one.kl_se, other.kl_se)
+
+
+def pool_bytes(side: SideReport) -> int:
+    assert side.memory is not None  # it has figures
+    return side.memory.cache_bytes
+
+
+def _deepest(side: SideReport) -> Figures:
+    assert side.deepest is not None
+    return side.deepest
+
+
+def _mebibytes(side: SideReport) -> str:
+    return f"{pool_bytes(side) / MIB:.1f} MiB"
