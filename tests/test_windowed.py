@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from make_models import write_tiny
+from test_architectures import FROZEN, N_TOKENS, logits_after, taken_out
+from test_architectures import tokens as oracle_tokens
 
 N_WINDOW = 64
 
@@ -22,6 +24,12 @@ def write_gemma3(path: Path, n_layer: int = 6) -> str:
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_gemma3(tmp_path_factory.mktemp("models") / "gemma3.gguf")
+
+
+@pytest.fixture(scope="module")
+def twelve(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two layers see everything: 5 and 11."""
+    return write_gemma3(tmp_path_factory.mktemp("models") / "twelve.gguf", 12)
 
 
 def tokens(n: int, seed: int = 1) -> list[int]:
@@ -92,7 +100,56 @@ def test_a_windowed_sequence_is_cut_back_and_saved_as_a_whole(load, gemma3):
 def test_what_a_windowed_model_cannot_have_is_refused(load, gemma3, tmp_path):
     with pytest.raises(ValueError, match="two caches there"):
         load(gemma3, kv_policy="asrkf,state=upstream", kv_pool=512)
-    with pytest.raises(ValueError, match="a model with sliding windows takes one group"):
-        load(write_gemma3(tmp_path / "twelve.gguf", 12), kv_policy="asrkf,layers=5@512/11@768", n_ctx=2048)
+    with pytest.raises(ValueError, match="layer 4 has a sliding window, which it keeps"):
+        load(gemma3, kv_policy="asrkf,layers=4-5@512", n_ctx=2048)
     with pytest.raises(ValueError, match="all layers of the model have a sliding window"):
         load(write_gemma3(tmp_path / "five.gguf", 5), kv_policy="asrkf", kv_pool=512)
+
+
+def test_layer_groups_that_hold_all_give_upstreams_logits(load, twelve):
+    options = {"n_ctx": 1024, "logits_all": True, "n_batch": 64, "n_ubatch": 64}
+    full = read(load(twelve, swa_full=True, **options), tokens(400))
+    assert np.array_equal(read(load(twelve, kv_policy="asrkf,layers=5@1024/11@1024", **options), tokens(400)), full)
+
+
+def test_each_global_layer_may_have_a_pool_of_its_own(load, twelve):
+    llm = load(twelve, kv_policy="asrkf,layers=5@512/11@768", n_ctx=2048, n_batch=64, n_ubatch=64)
+    llm.eval(tokens(1500))
+    first, second, windowed = llm.kv_stats().groups
+    assert [group.n_layers for group in (first, second, windowed)] == [1, 1, 10]
+    assert [group.pool_cells for group in (first, second, windowed)] == [512, 768, 256]
+    assert first.frozen_cells >= 1500 - 512 and second.frozen_cells >= 1500 - 768 and first.frozen_cells > second.frozen_cells
+    assert [group.sliding_window for group in (first, second, windowed)] == [0, 0, N_WINDOW]
+    row = llm.kv_rows(300, 1)
+    other = load(twelve, kv_policy="asrkf,layers=5@1024/11@512", n_ctx=2048, n_batch=64, n_ubatch=64)
+    other.load_state(llm.save_state())
+    assert other.kv_rows(300, 1) == row
+
+
+def test_budgets_differ_by_layer_in_a_windowed_model(load, tmp_path):
+    """By the prior; a calibration's sensitivities take the same way."""
+    llm = load(write_gemma3(tmp_path / "eighteen.gguf", 18), kv_policy="asrkf,calibration=off", kv_pool=1024, n_ctx=4096)
+    *globals_, windowed = llm.kv_stats().groups
+    assert sum(group.n_layers for group in globals_) == 3 and windowed.n_layers == 15
+    assert len({group.pool_cells for group in globals_}) == len(globals_) > 1
+    assert sum(group.n_layers * group.pool_cells for group in globals_) == 3 * 1024
+
+
+def test_what_is_frozen_in_layer_groups_is_what_a_mask_leaves_out(load, twelve):
+    """Upstream's oracle, behind the windows of what is then decoded."""
+    options = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64}
+    full = load(twelve, swa_full=True, **options)
+    full.eval(oracle_tokens(N_TOKENS, 1))
+    never = logits_after(full)
+    full.reset()
+    masked = taken_out(full)
+    llm = load(twelve, kv_policy="asrkf,layers=5@512/11@512,window=64", **options)
+    llm.eval(oracle_tokens(N_TOKENS, 1))
+    for begin, end in FROZEN:
+        llm.freeze(begin, end)
+    found, n_frozen = logits_after(llm), sum(end - begin for begin, end in FROZEN)
+    assert [group.frozen_cells for group in llm.kv_stats().groups[:-1]] == [n_frozen, n_frozen]
+    spread = np.abs(never).max()
+    changed = np.abs(never - masked).max() / spread
+    assert changed > 0.002  # else nothing here could tell a mask from none
+    assert np.abs(found - masked).max() / spread < 0.02 * changed

@@ -16,7 +16,7 @@ public:
     llama_memory_status  get_status() const override { return whole->get_status(); }
     const llama_ubatch & get_ubatch() const override { return whole->get_ubatch(); }
     void on_computed(llama_context & lctx, const llm_graph_result & res) override { whole->on_computed(lctx, res); }
-    const llama_kv_cache_context * get_base() const override { return whole->get_group(0); }
+    const llama_kv_cache_context * get_base() const override { return whole.get(); }
     const llama_kv_cache_context * get_swa()  const override { return whole->get_group(whole->n_groups() - 1); }
 
     const std::unique_ptr<memory_context> whole;

@@ -53,8 +53,8 @@ private:
     std::vector<std::unique_ptr<group_context>> others;
 };
 
-// As llama.cpp's graphs ask for it. Those of models with sliding windows want two caches: the layers that see everything are
-// group 0, those with a window the last one.
+// As llama.cpp's graphs ask for it. Those of models with sliding windows want two caches. The first stands for all groups; the
+// second, the last group, is asked only where there is but one.
 llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed);
 
 } // namespace asrkf

@@ -90,13 +90,21 @@ std::vector<group_budget> named_groups(const settings & config, const std::vecto
     const auto has_kv = [&](uint32_t il) { return std::any_of(layers.begin(), layers.end(), [&](const layer_budget & l) { return l.il == il; }); };
     std::vector<group_budget> plans;
     std::vector<bool> taken(config.model.hparams.n_layer_all, false);
+    const auto cannot_take = [&](int32_t il) -> const char * {
+        if (il < int32_t(taken.size()) && taken[size_t(il)]) {
+            return "is in two groups";
+        }
+        if (il < int32_t(taken.size()) && config.model.hparams.is_swa(uint32_t(il))) {
+            return "has a sliding window, which it keeps: name the other layers only";
+        }
+        return has_kv(uint32_t(il)) ? nullptr : "has no KV cache in this model";
+    };
     for (const group_spec & spec : specs) {
         plans.emplace_back();
         for (const auto & [from, to] : spec.layers) {
             for (int32_t il = from; il <= to; ++il) {
-                const bool known = il < int32_t(taken.size());
-                if (!known || !has_kv(uint32_t(il)) || taken[size_t(il)]) {
-                    invalid(format("layers=%s: layer %d %s", config.layers, il, known && taken[size_t(il)] ? "is in two groups" : "has no KV cache in this model"));
+                if (const char * reason = cannot_take(il)) {
+                    invalid(format("layers=%s: layer %d %s", config.layers, il, reason));
                 }
                 taken[size_t(il)] = true;
                 plans.back().layers.push_back(uint32_t(il));
@@ -120,7 +128,7 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
     }
     const uint32_t mean_cells = resolve_pool(config, config.n_ctx);
     const std::string mode = config.layers;
-    if (mode == "shared" || mean_cells >= config.n_ctx || layers.size() == 1 || config.is_windowed) { // the graph of a windowed model has room for one group
+    if (mode == "shared" || mean_cells >= config.n_ctx || layers.size() == 1) {
         group_budget one = { {}, mean_cells };
         for (const layer_budget & l : layers) {
             one.layers.push_back(l.il);
@@ -160,9 +168,6 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     if (state_kind(config.state) == STATE_UPSTREAM) {
         unsupported("state=upstream: a model with sliding windows keeps two caches there, one of which forgets; use state=own");
     }
-    if (others.size() > 1) {
-        unsupported(format("layers=%s: a model with sliding windows takes one group, of the layers without: layers=shared, or pool alone", config.layers));
-    }
     const uint32_t n_window = config.model.hparams.n_swa + config.n_ubatch; // of a step's first token, too
     const uint32_t share    = n_window + config.n_ubatch + 2*config.block;
     asrkf_config rules = config;
@@ -171,7 +176,8 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     rules.sinks  = 0;
     rules.window = n_window;
     rules.timer_share = 0;
-    const uint32_t all  = padded(config.n_ctx_seq), each = others[0].pool_cells >= config.n_ctx ? all : std::min(all, padded(share));
+    const bool keeps_all = std::all_of(others.begin(), others.end(), [&](const group & g) { return g.pool_cells >= config.n_ctx; });
+    const uint32_t all   = padded(config.n_ctx_seq), each = keeps_all ? all : std::min(all, padded(share));
     group g = make_group(config, rules, layers, config.unified ? std::min(all, config.n_seq_max*each) : config.n_seq_max*each);
     g.keeps_window = true;
     for (policy & rule : g.rules) {
@@ -204,7 +210,7 @@ layout make_layout(const settings & config, const llama_memory_params & params) 
     for (const group_budget & plan : plans) {
         made.groups.push_back(make_group(config, config, plan.layers, config.unified ? plan.pool_cells : in_streams(config, plan.pool_cells)));
     }
-    if (config.is_windowed) {
+    if (!cached.windowed.empty()) {
         made.groups.push_back(make_windowed_group(config, made.groups, cached.windowed));
     }
     made.group_of_layer.assign(config.model.hparams.n_layer_all, 0);

@@ -26,7 +26,7 @@ struct settings : asrkf_config {
     const uint32_t        n_ubatch;
     const bool            unified;     // all sequences in one set of cells; else each has its own (streams)
     const bool            no_alloc;    // a trial: sizes only, no memory
-    const bool            is_windowed; // some layers have a sliding window: the last group is theirs
+    const bool            is_windowed; // some layers may have a sliding window: the last group is theirs
 };
 
 } // namespace asrkf
