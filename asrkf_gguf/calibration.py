@@ -7,6 +7,7 @@ finds by the model's fingerprint. The side file is JSON.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import sys
@@ -60,11 +61,21 @@ def measure(model: Any, tokens: list[int], n_threads: Optional[int] = None) -> d
         "format": "asrkf-calibration",
         "version": 2,
         "model": _native.fingerprint(model),
+        "model_name": model_name(model),
         "sensitivities": sensitivities,
         "unit": f"change of a layer's output with a fifth of its history, relative to the residual stream, squared; {len(tokens)} tokens",
         "score_layers": score_layers,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+def model_name(model: Any) -> str:
+    """What a person calls a loaded model: its name in the GGUF, architecture, size and type."""
+    out = ctypes.create_string_buffer(256)
+    named = llama_cpp.llama_model_meta_val_str(model, b"general.name", out, len(out)) > 0
+    names = [out.value.decode(errors="replace")] if named else []
+    llama_cpp.llama_model_desc(model, out, len(out))
+    return ", ".join([*names, out.value.decode(errors="replace")])
 
 
 def write_side_file(path: Path, content: dict[str, Any]) -> None:

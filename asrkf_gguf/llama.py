@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional, Union, cast
 
@@ -20,11 +20,12 @@ from . import _native, family
 from ._compat import LlamaBase
 from ._native import KVError, KVStatus, last_status
 from .calibration import calibrating
+from .chat_prompts import Messages, chat_span, chat_tokens
 from .config import FreezeConfig, PoolSize
+from .logs import log
 from .models import find_side_file
+from .progress import Progress, PromptBar
 from .stats import KVStats, OutputEntropy, read_output_entropy, read_stats
-
-log = logging.getLogger("asrkf_gguf")
 
 
 def with_calibration(config: FreezeConfig, model_path: str) -> FreezeConfig:
@@ -52,6 +53,9 @@ class Llama(LlamaBase):
         caller. None: 8 for answers that are returned whole, 0 where the caller sees tokens as they come (stream, generate()).
     calibrate: if the policy scores by attention and the model has no calibration yet, measure one now and keep it in the cache
         folder: seconds for a small model, once. False: without one, budgets and scoring layers are a guess by depth.
+    progress: called with (tokens done, tokens in all) while a prompt is read: at its beginning, with 0, and after each batch. True:
+        a bar on stderr, where that is a terminal. It may raise: the batches before are kept. It can be set later, too. (With a
+        draft model, whose guesses look like short prompts, only prompts of several batches are told.)
 
     Raises ValueError, with the number that would work, if model, pool or policy do not fit together; KVError when a
     running cache refuses a step (host_limit reached, context full). The object then still holds all it had decoded.
@@ -65,6 +69,7 @@ class Llama(LlamaBase):
         kv_pool: Optional[PoolSize] = None,
         kv_regenerate: Optional[int] = None,
         calibrate: bool = True,
+        progress: Union[Progress, bool, None] = None,
         flash_attn: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -90,8 +95,7 @@ class Llama(LlamaBase):
         if kwargs.get("draft_model") is not None:
             kwargs["logits_all"] = True  # llama_cpp.Llama keeps all logits then, but without this has room for n_batch rows only
         self._tracing = False
-        self.progress: Optional[Callable[[int, int], None]] = None
-        """Called with (tokens done, tokens in all) while a prompt of several batches is read."""
+        self.progress: Optional[Progress] = PromptBar() if progress is True else progress or None
         settings = _native.parse_config(config.to_string()) if config else _native.ffi.NULL
         _native.lib.asrkf_clear_error()
         _native.check(_native.lib.asrkf_next_context(settings))
@@ -170,8 +174,11 @@ class Llama(LlamaBase):
         """Evaluate tokens (llama_cpp.Llama.eval); the cache's reason is in the KVError if it refuses."""
         _native.lib.asrkf_clear_error()
         freezes = len(tokens) > self.n_batch and self.kv_stats().policy != "full"
+        tell = self.progress if len(tokens) > (1 if self.draft_model is None else self.n_batch) else None
         try:
             begin = 0
+            if tell:
+                tell(0, len(tokens))
             if not len(tokens):
                 super().eval(tokens)  # no step, but what lies behind n_tokens leaves the cache
             while begin < len(tokens):
@@ -180,8 +187,8 @@ class Llama(LlamaBase):
                 if freezes:  # every one of these batches looks like the end of a prompt: say which is
                     _native.lib.asrkf_prompt_follows(self._pointer, end < len(tokens))
                 super().eval(tokens[begin:end])
-                if self.progress is not None and len(tokens) > self.n_batch:
-                    self.progress(end, len(tokens))
+                if tell:
+                    tell(end, len(tokens))
                 begin = end
         except RuntimeError as error:
             reason = _native.last_error()
@@ -262,6 +269,14 @@ class Llama(LlamaBase):
         """Of an answer that goes on: grammar and penalties stand where it stands."""
         before, self._sampled_before = self._sampled_before, []
         return before
+
+    def chat_tokens(self, messages: Messages) -> list[int]:
+        """The prompt that create_chat_completion() makes of these messages; ValueError if the model's template refuses them."""
+        return chat_tokens(self, messages)
+
+    def chat_span(self, messages: Messages, index: int = 0) -> tuple[int, int]:
+        """Positions [begin, end) of a message in that prompt, counted like a list's: pin(*chat_span(messages)) pins the first."""
+        return chat_span(self, messages, index)
 
     def save_state(self) -> llama_cpp.LlamaState:
         """Save the state: the whole sequence, frozen or not, with scores and timers (see the key `state`).

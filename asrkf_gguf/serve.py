@@ -23,6 +23,7 @@ from ._native import KVError, KVStatus
 from .config import FreezeConfig
 from .llama import Llama
 from .models import resolve_model
+from .opening import opening_line
 from .stats import KVStats, counted_since
 
 try:
@@ -265,7 +266,6 @@ def main(arguments: argparse.Namespace) -> int:
     server, models = read_settings(arguments)
     app = create_app(server, models)
     _, llm = _compat.server_model()
-    stats = llm.kv_stats()
-    print(f"policy {stats.policy}, pool {stats.pool_cells} of {llm.n_ctx()} cells; figures at /v1/kv_stats", file=sys.stderr)
+    print(f"{opening_line(llm)}; figures at /v1/kv_stats", file=sys.stderr)
     uvicorn.run(app, host=server.host, port=server.port, ssl_keyfile=server.ssl_keyfile, ssl_certfile=server.ssl_certfile)
     return 0

@@ -16,7 +16,8 @@ from pathlib import Path
 from tabulate import tabulate
 
 from asrkf_gguf import KVStats, Llama, resolve_model
-from asrkf_gguf.cli.run import pool_size, prompt_progress
+from asrkf_gguf.cli.run import pool_size
+from asrkf_gguf.progress import PromptBar
 from asrkf_gguf.stats import MIB
 from asrkf_gguf.texts import topics
 
@@ -89,8 +90,7 @@ def read_and_answer(label: str, model: str, prompt: Prompt, max_tokens: int, **c
     llm = Llama(model, n_ctx=N_CTX, n_gpu_layers=-1, n_threads=None, verbose=False, seed=1, **cache)
     whole = [*prompt.before, *prompt.fact, *prompt.after, *prompt.question]
     fact = []  # after each batch
-    prompt_progress(llm, f"  {label} reads {len(whole)} tokens")
-    show = llm.progress
+    show = PromptBar(f"  {label} reads {len(whole)} tokens")
 
     def progress(done: int, total: int) -> None:
         show(done, total)

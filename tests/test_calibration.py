@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import llama_cpp
@@ -14,7 +15,9 @@ from test_architectures import ARCHITECTURES
 from test_windowed import tokens, write_gemma3
 
 from asrkf_gguf import _native, calibration
+from asrkf_gguf.cli import calibrations, main
 from asrkf_gguf.models import find_side_file
+from asrkf_gguf.opening import opening_line
 
 
 def write_quantised(path: Path) -> None:
@@ -188,3 +191,56 @@ def test_an_interrupted_calibration_leaves_nothing_half_written(load, tiny, fold
             load(tiny, **OPTIONS)
         assert not list(folder.iterdir())
     assert load(tiny, **OPTIONS).kv_config().calibration
+
+
+# which there are
+
+def test_the_command_shows_which_calibrations_there_are_and_of_which_models(load, tiny, folder, capsys):
+    assert main(["calibrations"]) == 0
+    (packaged,) = capsys.readouterr().out.splitlines()[2:]
+    assert packaged.split()[:2] == ["SmolLM2-135M-Instruct.Q4_1.gguf", "30"] and "5, 14, 21, 28" in packaged
+    llm = load(tiny, **OPTIONS)
+    (folder / "damaged.asrkf.json").write_text("{")
+    assert main(["calibrations", "--json"]) == 0
+    known = {Path(content["file"]).name: content for content in json.loads(capsys.readouterr().out)}
+    assert known["damaged.asrkf.json"]["damaged"].startswith("Expecting property name")
+    own = known[Path(llm.kv_config().calibration).name]
+    assert own["model"] == _native.fingerprint(llm.model) and own["model_name"].startswith("llama ")
+    assert main(["calibrations"]) == 0
+    shown = capsys.readouterr().out
+    assert own["model_name"] in shown and "damaged: Expecting" in shown
+
+
+def test_the_command_says_which_calibration_a_model_has(load, tiny, folder, tmp_path, capsys):
+    assert main(["calibrations", tiny]) == 0
+    assert capsys.readouterr().out == f"tiny.gguf has no calibration: asrkf calibrate {tiny}\n"
+    load(tiny, **OPTIONS)
+    assert main(["calibrations", tiny]) == 0
+    assert str(next(folder.iterdir())) in capsys.readouterr().out
+    model = tmp_path / "model.gguf"
+    model.write_bytes(Path(tiny).read_bytes())
+    beside = tmp_path / "model.asrkf.json"
+    beside.write_bytes(next(folder.iterdir()).read_bytes())
+    assert main(["calibrations", str(model)]) == 0
+    assert str(beside) in capsys.readouterr().out
+
+
+def test_the_folder_is_the_engines(load, tiny, monkeypatch):
+    model = load(tiny, kv_policy="full").model
+    assert calibrations.folder() == _native.calibration_file(model).parent
+    monkeypatch.delenv("ASRKF_CALIBRATIONS")
+    assert calibrations.folder() == _native.calibration_file(model).parent
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, r"tiny.gguf: policy asrkf, pool 512 of 2048 cells, calibrated \(.*\.asrkf\.json\)"),
+        ({"kv_policy": "asrkf,calibration=off"}, "tiny.gguf: policy asrkf, pool 512 of 2048 cells, not calibrated: .* asrkf calibrate .*"),
+        ({"kv_pool": 1.0}, "tiny.gguf: policy asrkf, pool 2048 of 2048 cells, nothing will be frozen, so it needs no calibration"),
+        ({"kv_policy": "window"}, "tiny.gguf: policy window, pool 512 of 2048 cells, which needs no calibration"),
+        ({"kv_policy": "full", "kv_pool": None}, "tiny.gguf: upstream's cache, which needs no calibration"),
+    ],
+)
+def test_the_first_line_says_whether_a_model_is_calibrated(load, tiny, folder, options, said):
+    assert re.fullmatch(said, opening_line(load(tiny, **{**OPTIONS, **options})))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 from conftest import RPC_ENDPOINT
 from kv import check_states, greedy, last_logits, placement_noise, tokens_of
+from terminal import terminal
 
 from asrkf_gguf import FreezeConfig, KVError
 
@@ -347,11 +350,50 @@ def test_a_full_context_is_refused_with_the_numbers(load, smollm2, text):
 
 
 def test_progress_is_told_while_a_long_prompt_is_read(load, smollm2, text):
-    llm = load(smollm2, kv_policy="asrkf", kv_pool=512, n_batch=256)
     seen = []
-    llm.progress = lambda done, total: seen.append((done, total))
+    llm = load(smollm2, kv_policy="asrkf", kv_pool=512, n_batch=256, progress=lambda *told: seen.append(told))
     llm.eval(tokens_of(llm, text, 700))
-    assert seen == [(256, 700), (512, 700), (700, 700)]
+    assert seen == [(0, 700), (256, 700), (512, 700), (700, 700)]
+    seen.clear()
+    llm.reset()
+    llm.eval(tokens_of(llm, text, 100))  # one batch
+    llm.eval([5])  # as an answer's tokens are evaluated
+    assert seen == [(0, 100), (100, 100)]
+
+
+def test_progress_may_end_the_reading_and_what_was_read_stays(load, smollm2, text):
+    class Enough(Exception):
+        pass
+
+    def stop(done: int, total: int) -> None:
+        if done > 400:
+            raise Enough
+
+    llm = load(smollm2, kv_policy="asrkf", kv_pool=512, n_batch=256)
+    tokens = tokens_of(llm, text, 1000)
+    expected, _ = greedy(llm, tokens, 8)
+    llm.reset()
+    llm.progress = stop
+    with pytest.raises(Enough):
+        llm.eval(tokens)
+    assert llm.n_tokens == llm.kv_stats().tokens == 512
+    llm.progress = None
+    check_states(llm)
+    llm.eval(tokens[512:])
+    assert greedy(llm, [], 8)[0] == expected
+
+
+def test_progress_true_is_a_bar_on_a_terminal(smollm2, text, tmp_path):
+    (tmp_path / "text").write_text(text[:6000])
+    code = (
+        "import sys; from asrkf_gguf import Llama;"
+        f"llm = Llama({smollm2!r}, n_ctx=2048, n_threads=2, n_threads_batch=2, verbose=False, progress=True, kv_policy='asrkf', kv_pool=512);"
+        f"llm.eval(llm.tokenize(open({str(tmp_path / 'text')!r}, 'rb').read()))"
+    )
+    with terminal(sys.executable, "-c", code) as program:
+        program.expect("reading the prompt")
+        program.expect("tok/s")
+        assert program.wait() == 0
 
 
 def test_stats_of_full_are_upstreams(load, smollm2, text):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,24 +95,6 @@ def test_llama_completion_with_a_pool_that_holds_all_writes_what_it_writes_witho
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(Path(sys.executable).parent / "asrkf"), *arguments], capture_output=True, text=True, check=False)
-
-
-def test_asrkf_run_streams_and_shows_the_figures(smollm2, text, tmp_path):
-    path = tmp_path / "prompt.txt"
-    path.write_text(text[:6000])
-    result = command("run", smollm2, "-f", str(path), "-c", "2048", "--kv-pool", "512", "-n", "16", "-t", "2")
-    assert result.returncode == 0, result.stderr
-    assert len(result.stdout.strip()) > 10
-    frozen = re.search(r"(\d+) frozen, pool 512 cells", result.stderr)
-    assert frozen and int(frozen[1]) > 500 and "tok/s" in result.stderr
-
-
-def test_asrkf_run_says_what_is_wrong_in_one_line(smollm2):
-    result = command("run", smollm2, "-p", "Hello", "-c", "512", "--kv-pool", "4096")
-    assert result.returncode == 1
-    assert result.stderr.strip() == "asrkf run: pool of 4096 cells is larger than n_ctx 512: lower kv_pool, or use kv_policy=\"full\""
-    assert "does not exist" in command("run", "nothing.gguf", "-p", "x").stderr
-    assert command("run", smollm2).returncode == 2
 
 
 def test_asrkf_info_lists_keys_and_the_bytes_of_a_model(smollm2):

@@ -30,6 +30,7 @@ COMMANDS = (
     Command("info", "cli.info", "what this build can do, and what a model's cache needs"),
     Command("plan", "plan", "does a model fit the device, or a card of a given size, and with which cache"),
     Command("calibrate", "calibrate", "measure a model's layers, for layers=two and layers=each"),
+    Command("calibrations", "cli.calibrations", "which models have a calibration, and where it is"),
     Command("compare", "compare", "what a pool gains and costs here, with your model and text, beside upstream's caches"),
     Command("bench", "bench", "quality and needles of any GGUF against the full cache"),
     Command("serve", "serve", 'an OpenAI-compatible server; pip install "asrkf-gguf[serve]"'),
@@ -41,28 +42,42 @@ def make_parser(chosen: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="asrkf", description="Run or serve a model with a KV pool, or show what this build can do.")
     version = _native.ffi.string(_native.lib.asrkf_version()).decode()
     parser.add_argument("--version", action="version", version=f"asrkf {version}")
+    parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         subparser = subparsers.add_parser(command.name, help=command.help)
         if command.name == chosen:
             module = importlib.import_module(f"asrkf_gguf.{command.module}")
             module.add_arguments(subparser)
+            subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
             subparser.set_defaults(function=module.main)
     return parser
 
 
+def line_of(error: Exception) -> str:
+    """One line, whoever wrote it; of a kind that nobody meant for a user, with how to see more."""
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, RuntimeError, OSError, ImportError)):
+        return text
+    return f"{type(error).__name__}: {text} (a fault of this program: --debug shows where)"
+
+
 def main(argv: Optional[list[str]] = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    command = argv[0] if argv else ""
+    command = next((argument for argument in argv if not argument.startswith("-")), "")
+    debug = "--debug" in argv
     if command == "serve":  # llama_cpp.server writes its options with _, we with -
         argv = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), argument) for argument in argv]
     logging.basicConfig(format="asrkf: %(message)s")
     logging.getLogger("asrkf_gguf").setLevel(logging.INFO)
+    logging.getLogger("asrkf_gguf.llama_cpp").propagate = False  # with --verbose as llama.cpp writes them
     try:
         arguments = make_parser(command).parse_args(argv)
         return arguments.function(arguments)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"asrkf {command}: {' '.join(str(error).split())}", file=sys.stderr)  # one line, whoever wrote it
+    except Exception as error:
+        if debug:
+            raise
+        print(f"asrkf {command}: {line_of(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
