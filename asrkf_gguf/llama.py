@@ -25,6 +25,7 @@ from .config import FreezeConfig, PoolSize
 from .logs import log
 from .models import find_side_file
 from .progress import Progress, PromptBar
+from .states import NAMES, read_pinned, read_runs, read_states
 from .stats import KVStats, OutputEntropy, read_output_entropy, read_stats
 
 
@@ -374,15 +375,18 @@ class Llama(LlamaBase):
         """Take pin() back for [begin, end)."""
         _native.check(_native.lib.asrkf_unpin(self._pointer, 0, begin, end))
 
+    def pinned(self) -> list[tuple[int, int]]:
+        """Positions [begin, end) that are pinned, by pin() or the configuration."""
+        return read_pinned(self._pointer)
+
     def kv_tokens(self, group: int = 0) -> list[tuple[int, str]]:
         """(position, state) of every token in one layer group: "active", "active-copied" (host copy valid), "frozen"."""
-        n = _native.ffi.new("size_t *")
-        capacity = self.n_ctx()
-        positions = _native.ffi.new("int32_t[]", capacity)
-        states = _native.ffi.new("uint8_t[]", capacity)
-        _native.check(_native.lib.asrkf_get_tokens(self._pointer, 0, group, positions, states, capacity, n))
-        names = ("active", "active-copied", "frozen")
-        return [(positions[i], names[states[i]]) for i in range(n[0])]
+        positions, states = read_states(self._pointer, group, self.n_ctx())
+        return [(int(position), NAMES[state]) for position, state in zip(positions, states, strict=True)]
+
+    def kv_runs(self, group: int = 0) -> list[tuple[int, int, str]]:
+        """The same run-length encoded: (begin, end, "active", "frozen" or "pinned") of positions [begin, end)."""
+        return read_runs(self._pointer, group, self.n_ctx())
 
     def kv_rows(self, position: int, group: int = 0) -> bytes:
         """Raw cache bytes of one token (K then V, layer by layer of the group), from wherever they are."""

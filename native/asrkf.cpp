@@ -261,6 +261,21 @@ enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, int32_t seq_id, u
     return guarded([&] { need(out_n, "out_n"); *out_n = need_engine(ctx).get_tokens(seq_id, group, out_pos, out_state, capacity); });
 }
 
+enum asrkf_status asrkf_get_pinned(struct llama_context * ctx, int32_t seq_id, int32_t * out, size_t capacity, size_t * out_n) {
+    return guarded([&] {
+        need(out_n, "out_n");
+        if (capacity > 0) {
+            need(out, "out");
+        }
+        const auto pinned = need_engine(ctx).get_pinned(seq_id);
+        for (size_t i = 0; i < std::min(capacity, pinned.size()); ++i) {
+            out[2*i]     = pinned[i].first;
+            out[2*i + 1] = pinned[i].second;
+        }
+        *out_n = pinned.size();
+    });
+}
+
 enum asrkf_status asrkf_get_rows(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, void * out, size_t size) {
     return guarded([&] { need(out, "out"); need_engine(ctx).get_rows(ctx, seq_id, group, pos, static_cast<uint8_t *>(out), size); });
 }

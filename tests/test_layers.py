@@ -24,6 +24,7 @@ PYTHON = {
     "_compat": set(),
     "_native": {"_compat"},
     "config": {"_native"},
+    "states": {"_native"},
     "stats": {"_native", "config"},
     "header": {"_compat", "_native"},
     "family": {"_compat", "header"},
@@ -35,8 +36,9 @@ PYTHON = {
     "chat_prompts": set(),
     "logs": set(),
     "progress": set(),
-    "llama": {"_compat", "_native", "calibration", "chat_prompts", "config", "family", "hub", "logs", "models", "progress", "stats"},
+    "llama": {"_compat", "_native", "calibration", "chat_prompts", "config", "family", "hub", "logs", "models", "progress", "states", "stats"},
     "opening": {"llama"},
+    "traces": {"llama"},
     "plan": {"_compat", "_native", "config", "family", "header", "hub", "llama", "models", "stats"},
     "calibrate": {"_compat", "_native", "calibration", "divergence", "models"},
     "bench.sides": {"config", "llama"},
@@ -71,7 +73,8 @@ PYTHON = {
     "cli.answers": {"llama", "progress", "stats"},
     "cli.chat": {"_native", "cli.answers", "llama"},
     "cli.calibrations": {"_native", "calibrate", "models"},
-    "cli.run": {"cli.answers", "cli.chat", "config", "llama", "models", "opening"},
+    "cli.run": {"cli.answers", "cli.chat", "config", "llama", "models", "opening", "traces"},
+    "cli.plot": {"traces"},
     "__init__": {"_native", "config", "llama", "models", "plan", "stats"},
 }
 

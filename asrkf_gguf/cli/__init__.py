@@ -33,6 +33,7 @@ COMMANDS = (
     Command("calibrations", "cli.calibrations", "which models have a calibration, and where it is"),
     Command("compare", "compare", "what a pool gains and costs here, with your model and text, beside upstream's caches"),
     Command("bench", "bench", "quality and needles of any GGUF against the full cache"),
+    Command("plot", "cli.plot", "a picture of a run that was recorded with asrkf run --trace"),
     Command("serve", "serve", 'an OpenAI-compatible server; pip install "asrkf-gguf[serve]"'),
 )
 

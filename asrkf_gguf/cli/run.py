@@ -14,6 +14,7 @@ from ..config import PoolSize
 from ..llama import Llama
 from ..models import resolve_model
 from ..opening import opening_line
+from ..traces import tracing
 from .answers import Prompt, answer
 from .chat import Chat, say
 
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
     parser.add_argument("--kv-pool", type=pool_size, help="auto (what fits the device; the default), cells, part of n_ctx, or bytes")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="record every step as CSV, for asrkf plot FILE")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log")
 
 
@@ -76,7 +78,7 @@ def main(arguments: argparse.Namespace) -> int:
     options = {"max_tokens": arguments.max_tokens or (PLAIN_TOKENS if is_plain else None), "temperature": arguments.temperature}
     llm = load(arguments)
     say(opening_line(llm))
-    with contextlib.closing(llm):
+    with contextlib.closing(llm), tracing(llm, arguments.trace) if arguments.trace else contextlib.nullcontext():
         if not is_plain and "tokenizer.chat_template" not in llm.metadata:
             say(f"this model brings no chat template: that of {llm.chat_format} is used; without --chat and --system, -p goes on with a plain text")
         if prompt is None:

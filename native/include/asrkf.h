@@ -293,6 +293,9 @@ ASRKF_API enum asrkf_status asrkf_pretend_free(uint64_t bytes);
 /* States of a sequence's tokens in one layer group, in order of position: positions to out_pos, enum
  * asrkf_token_state to out_state (either may be NULL), at most capacity of them; *out_n gets how many there are. */
 ASRKF_API enum asrkf_status asrkf_get_tokens(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n);
+/* Positions of a sequence that are pinned, as ranges [begin, end), ascending: two numbers each to out (may be NULL if capacity is
+ * 0), at most capacity ranges; *out_n gets how many there are. */
+ASRKF_API enum asrkf_status asrkf_get_pinned(struct llama_context * ctx, int32_t seq_id, int32_t * out, size_t capacity, size_t * out_n);
 /* Raw cache bytes (K then V, layer by layer) of a sequence's token at pos in one layer group, from wherever they are. size must
  * be the group's token_bytes. */
 ASRKF_API enum asrkf_status asrkf_get_rows(struct llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, void * out, size_t size);

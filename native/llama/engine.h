@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <utility>
 #include <vector>
 
 struct llama_context;
@@ -29,6 +30,7 @@ public:
     virtual asrkf_stats       get_stats(llama_context * ctx) const = 0;
     virtual asrkf_group_stats get_group_stats(uint32_t group) const = 0;
     virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
+    virtual std::vector<std::pair<int32_t, int32_t>> get_pinned(int32_t seq_id) const = 0; // [begin, end), ascending
     virtual void   get_rows(llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
 
     virtual void     set_trace(asrkf_step * buffer, size_t capacity) = 0;

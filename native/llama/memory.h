@@ -61,6 +61,7 @@ public:
     size_t   get_tokens(int32_t seq_id, uint32_t index, int32_t * out_pos, uint8_t * out_state, size_t capacity) const override {
         return seen.token_states(seq_id, index, out_pos, out_state, capacity);
     }
+    ranges   get_pinned(int32_t seq_id) const override { return asked.pinned(seq_id); }
     void     get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) override;
     void     set_trace(asrkf_step * buffer, size_t capacity) override { placing.trace = { buffer, capacity, 0 }; }
     uint64_t get_trace_count() const override { return placing.trace.count; }

@@ -103,4 +103,10 @@ void requests::pin(int32_t seq_id, int32_t p0, int32_t p1, bool pinned) {
     }
 }
 
+ranges requests::pinned(int32_t seq_id) const {
+    ranges found = tokens.named(seq_id).pinned;
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
 } // namespace asrkf

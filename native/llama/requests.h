@@ -15,6 +15,7 @@ public:
     uint64_t freeze (int32_t seq_id, int32_t p0, int32_t p1);
     uint64_t restore(int32_t seq_id, int32_t p0, int32_t p1);
     void     pin    (int32_t seq_id, int32_t p0, int32_t p1, bool pinned);
+    ranges   pinned (int32_t seq_id) const; // ascending
 
 private:
     // Of each group: tokens [begin, end) that are frozen, or are not. None where a sliding window is kept.

@@ -54,6 +54,7 @@ int main(void) {
     check(asrkf_freeze(NULL, 0, 0, 1, &moved) == ASRKF_INVALID_ARGUMENT, "freeze on NULL");
     check(asrkf_restore(NULL, 0, 0, 1, NULL) == ASRKF_INVALID_ARGUMENT, "restore on NULL");
     check(asrkf_pin(NULL, 0, 0, 1) == ASRKF_INVALID_ARGUMENT, "pin on NULL");
+    check(asrkf_get_pinned(NULL, 0, NULL, 0, &n) == ASRKF_INVALID_ARGUMENT, "pins of NULL");
     check(asrkf_get_tokens(NULL, 0, 0, NULL, NULL, 0, &n) == ASRKF_INVALID_ARGUMENT, "tokens of NULL");
     check(asrkf_trace(NULL, NULL, 0) == ASRKF_INVALID_ARGUMENT, "trace of NULL");
     check(asrkf_default_score_layers(30, layers, 2, &n) == ASRKF_OK && n == 4 && layers[0] == 6 && layers[1] == 13 && layers[2] == 0, "layers that score");

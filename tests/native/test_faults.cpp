@@ -269,6 +269,17 @@ TEST(bad_arguments, "calls on a context refuse NULL, sequences, groups, position
         GIVES(ASRKF_OK, get_tokens(ctx, 0, pos, state, 1, &n));
         CHECK(pos[1] == -7 && state[1] == 77 && (is_empty || pos[0] == 0));
 
+        n = 12345;
+        REFUSED(asrkf_get_pinned(nullptr, 0, pos, 1, &n));
+        REFUSED(asrkf_get_pinned(ctx, 0, pos, 1, nullptr));
+        REFUSED(asrkf_get_pinned(ctx, 0, nullptr, 1, &n));
+        for (const int32_t seq_id : { LOWEST, -1, 1, HIGHEST }) {
+            REFUSED(asrkf_get_pinned(ctx, seq_id, pos, 1, &n));
+        }
+        CHECK(n == 12345);
+        GIVES(ASRKF_OK, asrkf_get_pinned(ctx, 0, nullptr, 0, &n)); // unpinned above
+        CHECK(n == 0);
+
         const size_t token_bytes = group_of(ctx, 0).token_bytes;
         std::vector<uint8_t> row(token_bytes + 1, 0xa5);
         const auto untouched = row;
