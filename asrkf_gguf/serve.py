@@ -1,4 +1,4 @@
-"""`asrkf serve`: llama-cpp-python's OpenAI-compatible server with our `Llama`, and GET /v1/kv_stats.
+"""`asrkf serve`: llama-cpp-python's OpenAI-compatible server with our `Llama`, GET /v1/kv_stats, and the page /kv.
 
 The server is llama_cpp.server as it is installed. It reads settings, makes a LlamaProxy of them, and that makes models. Here
 the settings have two fields more, the proxy makes our `Llama`, and the app gets a route and a middleware. Import this module
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -21,6 +21,7 @@ import llama_cpp
 from . import _compat
 from ._native import KVError, KVStatus
 from .config import FreezeConfig
+from .live import Live
 from .llama import Llama
 from .models import resolve_model
 from .opening import opening_line
@@ -29,7 +30,7 @@ from .stats import KVStats, counted_since
 try:
     import uvicorn
     from fastapi import APIRouter, Depends, FastAPI
-    from fastapi.responses import JSONResponse
+    from fastapi.responses import HTMLResponse, JSONResponse
     from llama_cpp.server import app as server_app
     from llama_cpp.server import cli as server_cli
     from llama_cpp.server import model as server_model
@@ -80,9 +81,18 @@ class ConfigFile(server_settings.ServerSettings):
 # the model
 
 class ServedLlama(Llama):
-    """A Llama that remembers what the cache counted during its newest finished completion."""
+    """A Llama that remembers what the cache counted during its newest finished completion, and shows what it does meanwhile."""
 
     last_completion: Optional[dict[str, Any]] = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.live = Live(self)
+        self.progress = lambda *_: self.live.take()  # between the batches of a prompt
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        super().eval(tokens)
+        self.live.take()
 
     def create_completion(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("logprobs") is not None and not self.keeps_all_logits:
@@ -200,6 +210,7 @@ def stream_error(error: Exception, request: bytes) -> tuple[int, Any]:
 # the app
 
 router = APIRouter()
+PAGE = Path(__file__).with_name("kv_page.html")
 
 
 @router.get("/v1/kv_stats", summary="KV cache", dependencies=[Depends(server_app.authenticate)], tags=["KV cache"])
@@ -212,6 +223,26 @@ async def get_kv_stats() -> JSONResponse:
             text = "no model is loaded: the last one that was asked for failed; a request with the name of another loads it"
             return JSONResponse({"error": {"message": text, "type": "no_model", "param": None, "code": None}}, 503)
         return JSONResponse({"model": alias, "kv": dataclasses.asdict(llm.kv_stats()), "last_completion": llm.last_completion})
+
+
+@router.get("/v1/kv_live", summary="KV cache, live", dependencies=[Depends(server_app.authenticate)], tags=["KV cache"])
+async def get_kv_live() -> JSONResponse:
+    """What the page at /kv shows, also while an answer is generated: by layer group the positions [begin, end) that are active,
+    frozen or pinned, bytes, and figures over time, from the first request on. {} until there is a picture, or without a model."""
+    alias, llm = _compat.server_model()
+    if llm is None:
+        return JSONResponse({})
+    picture = llm.live.look()
+    if not _compat.server_lock().locked():  # it computes nothing: the picture is as old as its last answer
+        async with _compat.server_lock():
+            llm.live.take(1.0)
+            picture = llm.live.look()
+    return JSONResponse({"model": alias, **picture} if picture else {})
+
+
+@router.get("/kv", summary="The KV cache, live, as a page", tags=["KV cache"])
+async def get_kv_page() -> HTMLResponse:
+    return HTMLResponse(PAGE.read_text())
 
 
 def create_app(server: server_settings.ServerSettings, models: list[ModelSettings]) -> FastAPI:
@@ -266,6 +297,6 @@ def main(arguments: argparse.Namespace) -> int:
     server, models = read_settings(arguments)
     app = create_app(server, models)
     _, llm = _compat.server_model()
-    print(f"{opening_line(llm)}; figures at /v1/kv_stats", file=sys.stderr)
+    print(f"{opening_line(llm)}; figures at /v1/kv_stats, a picture at /kv", file=sys.stderr)
     uvicorn.run(app, host=server.host, port=server.port, ssl_keyfile=server.ssl_keyfile, ssl_certfile=server.ssl_certfile)
     return 0

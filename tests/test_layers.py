@@ -37,6 +37,7 @@ PYTHON = {
     "logs": set(),
     "progress": set(),
     "llama": {"_compat", "_native", "calibration", "chat_prompts", "config", "family", "hub", "logs", "models", "progress", "states", "stats"},
+    "live": {"_native", "llama"},
     "opening": {"llama"},
     "traces": {"llama"},
     "plan": {"_compat", "_native", "config", "family", "header", "hub", "llama", "models", "stats"},
@@ -66,7 +67,7 @@ PYTHON = {
         "compare.page", "compare.progress", "compare.reading", "compare.report", "compare.run", "compare.sides", "compare.tables", "models", "texts",
     },
     "compare": {"compare.command"},
-    "serve": {"_compat", "_native", "config", "llama", "models", "opening", "stats"},
+    "serve": {"_compat", "_native", "config", "live", "llama", "models", "opening", "stats"},
     "cli": {"_native"},  # and the modules of its table COMMANDS
     "cli.__main__": {"cli"},
     "cli.info": {"_native", "config", "models", "stats"},

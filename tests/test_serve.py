@@ -43,9 +43,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(log: Path, *arguments: str):
-    """Start `asrkf serve` on a free port of the loopback device (a config file gets it from the environment); it listens when the
-    block begins, and must end without a fault."""
+def serving(log: Path, *arguments: str, ready: str = "/v1/models"):
+    """Start `asrkf serve` on a free port of the loopback device (a config file gets it from the environment); it listens, and answers
+    at `ready`, when the block begins, and must end without a fault."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,7 +61,7 @@ def serving(log: Path, *arguments: str):
         server, began = Server(port, process, log), time.monotonic()
         while True:
             try:
-                urllib.request.urlopen(f"{server.address}/v1/models", timeout=5).close()
+                urllib.request.urlopen(f"{server.address}{ready}", timeout=5).close()
                 break
             except OSError:
                 assert process.poll() is None and time.monotonic() - began < START_SECONDS, log.read_text()
