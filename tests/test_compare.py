@@ -283,7 +283,8 @@ def test_control_c_pressed_twice_ends_it_at_once(small, tmp_path, interrupt_afte
 @pytest.mark.parametrize(("words", "reason"), [
     (["-c", 300], r"-c 300 is too short .* -c 512 or more"), (["--pools", "2048"], "a part of the full F16 cache's bytes"),
     (["--pools", "0.5,lots"], r"--pools lots: .*0\.25 or 25%"), (["--pools", ","], "names no pool"), (["--rounds", 0], "--rounds 0: at least 1"),
-    (["--positions", 1], "--positions 1: at least 8"), (["--text", "nowhere.txt"], "nowhere.txt"), (["--json", "nowhere/out.json"], "no folder"),
+    (["--positions", 1], "--positions 1: at least 8"),
+    (["--text", "nowhere.txt"], "nowhere.txt: there is no such file"), (["--json", "nowhere/out.json"], "no folder"),
     (["--pools", "0.001"], "no pool to compare: .*0.001|no pool to compare: .*pool"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line_that_says_what_would_work(small, capsys, words, reason):
@@ -297,7 +298,7 @@ def test_a_text_that_is_too_short_a_model_that_is_not_there_and_one_without_a_to
     (tmp_path / "short.txt").write_text("A short text. " * 50)
     for words, reason in (
         ([small, "--text", tmp_path / "short.txt"], "short.txt: .* need .* a longer text"), (["nowhere.gguf"], "nowhere.gguf does not exist"),
-        ([tiny], "has no tokenizer"), ([tmp_path / "short.txt"], "cannot be loaded as a GGUF"),
+        ([tiny], "has no tokenizer"), ([tmp_path / "short.txt"], "compare: short.txt is not a GGUF file"),
     ):  # fmt: skip
         assert compare(*words, *OPTIONS) == 1
         assert re.search(reason, capsys.readouterr().err.splitlines()[-1]), words
@@ -310,6 +311,24 @@ def test_one_pool_that_cannot_be_is_left_out_with_its_reason(small, tmp_path, ca
     printed = capsys.readouterr()
     assert list(refused) == ["pool 0.1%"] and f"pool 0.1% is left out: {refused['pool 0.1%']}" in printed.err
     assert f"pool 0.1%: {refused['pool 0.1%']}" in printed.out
+
+
+def test_where_the_full_cache_does_not_fit_the_device_the_one_in_ram_takes_its_place(small, tmp_path, monkeypatch, capsys):
+    open_side = run.open_side
+
+    def refuse(side, *others):
+        if side == sides.REFERENCE:
+            raise ValueError("Failed to create llama_context")
+        return open_side(side, *others)
+
+    monkeypatch.setattr(run, "open_side", refuse)
+    assert compare(small, *OPTIONS, "--rounds", 1, "--json", tmp_path / "out.json") == 0
+    content = json.loads((tmp_path / "out.json").read_text())
+    assert content["reference"] == "upstream f16 in RAM" and content["sides"][0]["refused"].startswith("no memory for it")
+    in_ram = content["sides"][1]
+    assert in_ram["name"] == content["reference"] and in_ram["memory"]["device_kv_bytes"] == 0 < in_ram["memory"]["host_kv_bytes"]
+    assert content["readings"][0].startswith("The full F16 cache does not fit the device.")
+    assert "upstream f16 is left out" in capsys.readouterr().err
 
 
 def test_without_matplotlib_a_page_is_refused_before_anything_is_measured(small, tmp_path):
@@ -375,6 +394,8 @@ def test_the_reading_says_what_upstream_gives_and_what_a_pool_gains_beside_it():
 
 def test_the_reading_of_a_partial_report_claims_nothing_that_was_not_measured():
     assert reading_of() == ["Stopped before a pool could be compared with anything."]
+    lines = reading_of(dataclasses.replace(side("pool 25%", 24, 0, 52), depths=(dataclasses.replace(figures(0, 52), depth=1000),)))
+    assert lines == ["Stopped before a pool could be compared with anything."]  # it was not read as far as the others
     lines = reading_of(side("pool 25%", 24, 0.011, 52, frozen=2000), without="upstream q8_0")
     assert lines[0] == "There is no figure of the whole Q8_0 cache here." and lines[1].startswith("pool 25% beside upstream f16")
 

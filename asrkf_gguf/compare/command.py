@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Memory, speed, predictions and facts found, of upstream's caches (F16, Q8_0, Q4_0) and of pools, on this machine. The full F16 cache "
         "is what all are compared with. Control-C ends the run with a report of what there is."
     )
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO/FILE.gguf")
+    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
     parser.add_argument("-c", "--n-ctx", type=int, default=4096, help="context, tokens (default 4096)")
     sizes = "parts of the bytes of the full F16 cache (0.25), bytes (512MiB), or auto: what fits the device"
     parser.add_argument("--pools", default="0.25,0.5", help=f"{sizes} (default 0.25,0.5)")
@@ -47,6 +47,8 @@ def check(arguments: argparse.Namespace) -> None:
     for name, least in (("n_ctx", 1), ("rounds", 1), ("positions", 8)):
         if getattr(arguments, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
+    if arguments.text is not None and not Path(arguments.text).is_file():
+        raise ValueError(f"--text {arguments.text}: there is no such file; without --text it is {OWN_TEXT}")
     for path in (arguments.json, arguments.csv, arguments.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
@@ -67,7 +69,7 @@ def main(arguments: argparse.Namespace) -> int:
     if not any(side.name in run.opened for side in pooled):
         raise ValueError(f"no pool to compare: {'; '.join(run.refused[side.name] for side in pooled)}")
     seconds = run.seconds(pace)
-    print(f"{len(run.opened)} caches, {arguments.rounds} rounds: about {duration(seconds)}. "
+    print(f"{len(run.opened)} caches, rounds: {arguments.rounds}; about {duration(seconds)}. "
           "Fewer --rounds, a smaller -c or fewer --pools take less; Ctrl-C ends it with a report of what there is.", file=sys.stderr)  # fmt: skip
     with said_once():
         run.go(Progress(pace, seconds))

@@ -15,7 +15,8 @@ EQUAL_SPEED = 0.05  # a difference of less is noise
 
 def readings(report: Report) -> list[str]:
     """A sentence on upstream's caches, and one on each pool that was measured."""
-    sides = {side.name: side for side in report.sides if side.deepest is not None}
+    end = max((figures.depth for side in report.sides for figures in side.depths), default=0)
+    sides = {side.name: side for side in report.sides if side.deepest is not None and side.deepest.depth == end}
     whole = sides.get(Q8_0) or sides.get(report.reference)
     pools = [side for name, side in sides.items() if not name.startswith("upstream")]
     if whole is None or not pools:

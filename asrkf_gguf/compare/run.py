@@ -85,7 +85,7 @@ class Run:
         Cuts the text, and says how fast the reference is. ValueError if there is no reference.
         """
         pace = self._try(self.reference)
-        if self.has_card:  # elsewhere K and V are in host RAM already
+        if pace is None or self.has_card:  # without a GPU K and V are in host RAM already
             self.sides.insert(1, IN_HOST_RAM)
             of_ram = self._try(IN_HOST_RAM)
             if pace is None:
@@ -113,12 +113,15 @@ class Run:
 
     @contextlib.contextmanager
     def _open(self, side: Side) -> Iterator[tuple[Llama, float]]:
-        """A context of this side, and the seconds that it took."""
+        """A context of this side, and the seconds that it took. RefusedError if there is no such context; a model that cannot be loaded is
+        an error of its own."""
         began = time.perf_counter()
         try:
             llm = open_side(side, self.arguments.n_ctx, self.arguments)
         except (ValueError, RuntimeError) as error:
             is_nameless = "create llama_context" in str(error)  # llama.cpp's reason is in its log only
+            if not (is_nameless or side.is_pooled):
+                raise
             raise RefusedError("no memory for it, or the device does not take this type" if is_nameless else error) from error
         with contextlib.closing(llm):
             yield llm, time.perf_counter() - began

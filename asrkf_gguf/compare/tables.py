@@ -56,7 +56,7 @@ def _speed(report: Report) -> Table:
         return [*cells, _at(side, depths[-1], lambda figures: f"{figures.decode_ratio.median:.2f}") if depths else ""]
 
     head = ["cache", *(f"read to {depth:,}" for depth in depths), *(f"decode at {depth:,}" for depth in depths), "ratio"]
-    title = f"Speed, tokens a second: median of {report.rounds} rounds, ± half their spread; ratio: decoding at the end, beside {report.reference}"
+    title = f"Speed, tokens a second: median over the rounds, ± half their spread; ratio: decoding at the end, beside {report.reference}"
     return Table(title, head, [row(side) for side in report.sides])
 
 
