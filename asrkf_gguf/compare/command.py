@@ -63,24 +63,25 @@ def main(arguments: argparse.Namespace) -> int:
     text = load_texts([f"text={arguments.text or 'topics'}"])["text"]
     arguments.model = resolve_model(arguments.model)
     run = Run(arguments, pooled, name, text)
-    pace = run.prepare()
-    for side, reason in run.refused.items():
-        print(f"{side} is left out: {reason}", file=sys.stderr)
-    if not any(side.name in run.opened for side in pooled):
-        raise ValueError(f"no pool to compare: {'; '.join(run.refused[side.name] for side in pooled)}")
-    seconds = run.seconds(pace)
-    print(f"{len(run.opened)} caches, rounds: {arguments.rounds}; about {duration(seconds)}. "
-          "Fewer --rounds, a smaller -c or fewer --pools take less; Ctrl-C ends it with a report of what there is.", file=sys.stderr)  # fmt: skip
-    with said_once():
-        run.go(Progress(pace, seconds))
+    with only_errors("asrkf_gguf.llama_cpp"):  # of a pool our own log says the same
+        pace = run.prepare()
+        for side, reason in run.refused.items():
+            print(f"{side} is left out: {reason}", file=sys.stderr)
+        if not any(side.name in run.opened for side in pooled):
+            raise ValueError(f"no pool to compare: {'; '.join(run.refused[side.name] for side in pooled)}")
+        seconds = run.seconds(pace)
+        print(f"{len(run.opened)} caches, rounds: {arguments.rounds}; about {duration(seconds)}. Fewer --rounds, a smaller -c or fewer --pools "
+              "take less; Ctrl-C ends it with a report of what there is.", file=sys.stderr)  # fmt: skip
+        with only_errors("asrkf_gguf"):  # what is said of a model and its pool was said when it was first opened
+            run.go(Progress(pace, seconds))
     write(make_report(run), arguments)
     return 130 if run.stopped == "Ctrl-C" else 1 if run.stopped else 0
 
 
 @contextlib.contextmanager
-def said_once() -> Iterator[None]:
-    """What an opened model says of its pool and context was said when it was first opened."""
-    log = logging.getLogger("asrkf_gguf")
+def only_errors(name: str) -> Iterator[None]:
+    """In its with block a logger says nothing less."""
+    log = logging.getLogger(name)
     before = log.level
     log.setLevel(logging.ERROR)
     try:

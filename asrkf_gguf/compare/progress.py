@@ -101,7 +101,7 @@ class Progress:
             signal.signal(signal.SIGINT, before)
 
     def visit(self, label: str) -> None:
-        self._bar.set_description(label)
+        self._bar.set_description_str(label)
         self._at = 0
         self.spent(self.pace.load_seconds)
 
