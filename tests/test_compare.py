@@ -385,8 +385,9 @@ def reading_of(*pools: SideReport, q8_0: float = 0.005, without: str = "") -> li
 
 def test_the_reading_says_what_upstream_gives_and_what_a_pool_gains_beside_it():
     lines = reading_of(side("pool 25%", 24, 0.011, 52, frozen=2000), side("pool 60%", 54, 0.005, 35, frozen=1), side("pool 80%", 48, 0.005, 35))
-    assert lines[0] == "The whole Q8_0 cache fits: 48.0 MiB, KL 0.0050. Take it where that is small and fast enough."
-    assert lines[1] == ("pool 25% beside upstream q8_0: 0.50 x the bytes, decodes at 1.49 x the speed, KL 0.0110, "
+    assert lines[0] == ("The whole Q8_0 cache fits: 48.0 MiB, KL 0.0050, reads at 1.00 x and decodes at 1.00 x the speed of upstream f16. "
+                        "Take it where that is small and fast enough.")  # fmt: skip
+    assert lines[1] == ("pool 25% beside upstream q8_0: 0.50 x the bytes, reads at 1.00 x and decodes at 1.49 x the speed, KL 0.0110, "
                         "nearer to the full cache than upstream q4_0 (0.0500) in no more bytes.")  # fmt: skip
     assert lines[2].startswith("pool 60% gains nothing over upstream q8_0 here") and lines[3].startswith("pool 80%: all tokens fit it in q8_0")
     assert "no nearer to the full cache than upstream q4_0" in reading_of(side("pool 10%", 9, 0.06, 60, frozen=1))[1]
