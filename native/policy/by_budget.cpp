@@ -30,13 +30,13 @@ struct policy::choice {
     bool is_step() const { return why == occasion::step; }
     // In the history, and not chosen yet.
     bool is_open(uint32_t i) const { return p.history_of(i / 64, h) >> (i % 64) & 1 && !chosen.has(i); }
-    // Word after word of the history: those of its open tokens that are active, or are not, and in a set that is given by words
-    // (null: all). The loop that a decision spends its time in.
-    template <bool is_active, typename Body> void each_open(const uint64_t * set, Body body) const {
+    // Word after word of the history: those of its open tokens that are active, or are not, and in one set and not in another,
+    // which are given by words (null: in, and not in). The loop that a decision spends its time in.
+    template <bool is_active, typename Body> void each_open(const uint64_t * in, const uint64_t * not_in, Body body) const {
         const uint64_t * active = p.active.data(), * taken = chosen.data();
         const uint32_t first = h.begin / 64, last = (h.end - 1) / 64;
         for (uint32_t w = first; w*64 < h.end; ++w) {
-            uint64_t bits = (is_active ? active[w] : ~active[w]) & ~taken[w] & (set ? is_active ? ~set[w] : set[w] : ~uint64_t(0));
+            uint64_t bits = (is_active ? active[w] : ~active[w]) & ~taken[w] & (in ? in[w] : ~uint64_t(0)) & (not_in ? ~not_in[w] : ~uint64_t(0));
             if (bits && (w == first || w == last || h.has_pins)) {
                 bits &= p.history_of(w, h);
             }
@@ -82,7 +82,7 @@ void policy::choice::take(uint32_t i, cause c) {
 
 void policy::choice::take_returning() {
     if (p.returning) {
-        each_open<false>(p.returns.data(), [&](uint32_t i) { take(i, cause::refill); });
+        each_open<false>(p.returns.data(), nullptr, [&](uint32_t i) { take(i, cause::refill); });
     }
 }
 
@@ -92,15 +92,15 @@ void policy::choice::take_returning() {
 
 // The highest peak of a block's tokens that may be chosen; those that are active count more.
 float policy::choice::peak_of(const ranking::block & b) const {
-    const uint32_t w = b.index*RECALL_BLOCK / 64;
-    const uint64_t all = token_set::within(w, b.index*RECALL_BLOCK, (b.index + 1)*RECALL_BLOCK);
-    const uint64_t eligible = all & p.history_of(w, h) & ~p.held.word(w), active = eligible & p.active.word(w);
-    if (eligible == all && (active == 0 || active == all)) {
-        return active ? p.in_pool(b.peak) : b.peak;
+    const uint32_t w = b.top / 64, begin = b.top / RECALL_BLOCK*RECALL_BLOCK;
+    const uint64_t top = uint64_t(1) << (b.top % 64);
+    const uint64_t eligible = token_set::within(w, begin, begin + RECALL_BLOCK) & p.history_of(w, h) & ~p.held.word(w), active = eligible & p.active.word(w);
+    if (active & top) {
+        return p.in_pool(b.peak);
     }
     float peak = 0;
-    token_set::each(w, active,             [&](uint32_t i) { peak = std::max(peak, p.in_pool(p.ranks->peak(i))); });
-    token_set::each(w, eligible & ~active, [&](uint32_t i) { peak = std::max(peak, p.ranks->peak(i)); });
+    token_set::each(w, active, [&](uint32_t i) { peak = std::max(peak, p.in_pool(p.ranks->peak(i))); });
+    token_set::each(w, eligible & top ? top : eligible & ~active, [&](uint32_t i) { peak = std::max(peak, p.ranks->peak(i)); });
     return peak;
 }
 
@@ -117,7 +117,7 @@ std::vector<uint32_t> policy::choice::blocks_asked_for(size_t n) const {
         }
         const float peak = peak_of(b);
         if (peak > 0) {
-            found.push_back({ peak, b.index });
+            found.push_back({ peak, b.top / RECALL_BLOCK });
         }
         if (n_full < n && peak >= b.peak) {
             n_full++;
@@ -205,7 +205,7 @@ void policy::choice::take_timers() {
         return;
     }
     std::vector<ranked> probation; // back by timer, not judged yet
-    each_open<true>(nullptr, [&](uint32_t i) {
+    each_open<true>(nullptr, nullptr, [&](uint32_t i) {
         if (p.histories[i].until > p.decision) {
             probation.push_back({ p.rank(i), i });
         }
@@ -238,43 +238,45 @@ void policy::choice::take_timers() {
 // from the lowest level up, and found where the n-th is worse than any of a higher level can be.
 std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_t n_leave) const {
     const bool has_timers = p.has_timers();
+    n_best<ranked, worse_one> worst(n, {});
+    const uint64_t * seen = nullptr; // all below this level
     uint32_t level = p.params.recall && n < n_judged ? p.ranks->level_of(p.highest_going) + 1 : uint32_t(ranking::LEVELS);
     for (uint32_t up = 1; n > 0; up *= 2) {
-        n_best<ranked, worse_one> worst(n, {});
         const uint64_t * above = level < ranking::LEVELS ? p.ranks->at_least(level) : nullptr;
-        each_open<true>(above, [&](uint32_t i) {
+        each_open<true>(seen, above, [&](uint32_t i) {
             if (!has_timers || p.histories[i].until <= p.decision) {
                 worst.offer({ p.rank(i), i });
             }
         });
-        std::vector<ranked> found = worst.sorted_after(n_leave);
-        const auto last = std::max_element(found.begin(), found.end(), worse_one());
-        if (!above || (found.size() == n && last->rank < p.in_pool(p.ranks->least(level)))) {
-            return found;
+        if (!above || (worst.has_all() && worst.last().rank < p.in_pool(p.ranks->least(level)))) {
+            break;
         }
+        seen   = above;
         level += up;
     }
-    return {};
+    return worst.sorted_after(n_leave);
 }
 
 // The n best of the frozen tokens that may come back, the best first; those below lowest_level need not be among them. They are
 // looked for from the highest level down: no token of a lower level is better.
 std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32_t lowest_level) const {
+    n_best<ranked, better_one> best(n, {});
+    const uint64_t * seen = nullptr; // all from this level on
     uint32_t level = p.params.recall ? std::max(lowest_level, p.ranks->level_of(p.lowest_coming)) : 0;
     for (uint32_t down = 1; n > 0; down *= 2) {
-        n_best<ranked, better_one> best(n, {});
         const uint64_t * above = level > 0 ? p.ranks->at_least(level) : nullptr;
-        each_open<false>(above, [&](uint32_t i) {
+        each_open<false>(above, seen, [&](uint32_t i) {
             if (!p.held.has(i)) {
                 best.offer({ p.rank(i), i });
             }
         });
-        if (best.offered() >= n || level <= lowest_level) {
-            return best.sorted_after(0);
+        if (best.has_all() || level <= lowest_level) {
+            break;
         }
+        seen  = above;
         level = level > lowest_level + down ? level - down : lowest_level;
     }
-    return {};
+    return best.sorted_after(0);
 }
 
 // The best of all stay or come: the worst active tokens that have no cell go, and then, with recall, the best frozen token

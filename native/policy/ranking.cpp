@@ -175,7 +175,7 @@ void ranking::place_blocks() const {
             peak = std::max(peak, peaks[i]);
         }
         if (peak > 0) {
-            blocks.push_back(uint64_t(bits_of(peak)) << 32 | begin / RECALL_BLOCK);
+            blocks.push_back(uint64_t(bits_of(peak)) << 32 | begin);
         }
     }
 }
@@ -193,7 +193,10 @@ ranking::block ranking::best_block(size_t k) const {
             std::nth_element(at(n_sorted), at(end), blocks.end(), std::greater<>());
         }
         std::sort(at(n_sorted), at(end), std::greater<>());
-        n_sorted = end;
+        for (; n_sorted < end; ++n_sorted) {
+            const auto first = peaks.begin() + uint32_t(blocks[n_sorted]), last = peaks.begin() + std::min(n_tokens(), uint32_t(blocks[n_sorted]) + RECALL_BLOCK);
+            blocks[n_sorted] += uint64_t(std::max_element(first, last) - first);
+        }
     }
     return { float_of(uint32_t(blocks[k] >> 32)), uint32_t(blocks[k]) };
 }

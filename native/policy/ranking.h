@@ -68,8 +68,9 @@ public:
     uint32_t         level_of(float score) const;
     const uint64_t * at_least(uint32_t level) const; // by word: who is on this level or above
     float            least(uint32_t level) const;    // no score of this level or above is lower; of a level above 0
-    // Blocks of RECALL_BLOCK tokens by their highest peak, the later of two equal ones first: the k-th; past the last with any peak: peak 0.
-    struct block { float peak; uint32_t index; };
+    // Blocks of RECALL_BLOCK tokens by their highest peak, the later of two equal ones first: the k-th, and which of its tokens
+    // has that peak; past the last with any peak: peak 0.
+    struct block { float peak; uint32_t top; };
     block  best_block(size_t k) const;
 
     // Scores as bytes of a saved state: see policy::save().
@@ -104,7 +105,7 @@ private:
     mutable std::array<uint32_t, LEVELS>       least_key    = {};
     mutable std::vector<uint64_t>              upward; // by level, then by word
     mutable uint32_t                           stride = 0;
-    mutable std::vector<uint64_t>              blocks; // peak, then number; the first n_sorted descend
+    mutable std::vector<uint64_t>              blocks; // peak, then its first token; the first n_sorted descend, and have the token with the peak instead
     mutable size_t                             n_sorted = 0;
 };
 

@@ -22,7 +22,6 @@ public:
     n_best(size_t n, Better better) : n(n), better(better) {}
 
     void offer(const Item & item) {
-        n_offered++;
         if (n == 0 || (is_full && !better(item, items[n - 1]))) {
             return;
         }
@@ -31,7 +30,13 @@ public:
             keep_best();
         }
     }
-    size_t offered() const { return n_offered; }
+    bool has_all() const { return items.size() >= n; }
+    const Item & last() { // of those n; there must be as many
+        if (items.size() > n) {
+            keep_best();
+        }
+        return *std::max_element(items.begin(), items.end(), better);
+    }
     // The n_first best in any order, then the others, the best first.
     std::vector<Item> sorted_after(size_t n_first) {
         if (items.size() > n) {
@@ -51,8 +56,7 @@ private:
 
     const size_t      n;
     const Better      better;
-    size_t            n_offered = 0;
-    bool              is_full   = false; // items[n - 1] is the worst of the first n
+    bool              is_full = false; // items[n - 1] is the worst of the first n
     std::vector<Item> items;
 };
 

@@ -15,12 +15,14 @@ public:
     uint32_t n_in() const { return n_members; }
     uint32_t n_words() const { return uint32_t(words.size()); }
     const uint64_t * data() const { return words.data(); }
-    uint64_t word(uint32_t w) const { return w < words.size() ? words[w] : 0; }
-    bool     has(uint32_t i) const { return words[i / 64] >> (i % 64) & 1; }
+    // An empty set's words are not looked at: those of many sets do not fit the processor's cache.
+    uint64_t word(uint32_t w) const { return n_members > 0 && w < words.size() ? words[w] : 0; }
+    bool     has(uint32_t i) const { return n_members > 0 && (words[i / 64] >> (i % 64) & 1); }
     void     put(uint32_t i, bool in) {
-        const uint64_t bit = uint64_t(in != has(i)) << (i % 64);
-        words[i / 64] ^= bit;
-        n_members += bit ? in ? 1u : ~0u : 0u;
+        if (in != has(i)) {
+            words[i / 64] ^= uint64_t(1) << (i % 64);
+            n_members += in ? 1u : ~0u;
+        }
     }
     void     put_in(uint32_t w, uint64_t bits) { // those of word w
         n_members += count(bits & ~words[w]);
