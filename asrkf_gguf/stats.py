@@ -95,6 +95,9 @@ class KVStats:
     scoring_seconds: float
     """Waiting for scores and folding them in; computing them is part of the step."""
     moves_seconds: float
+    scoring_backend: str
+    """What computes scores: "graph" (ggml's operations), "cuda" (kernels of ours), "cuda+graph" where devices differ; "none": nothing
+    is scored."""
     groups: tuple[GroupStats, ...]
 
 
@@ -143,6 +146,7 @@ def read_stats(context: Any) -> KVStats:
         "policy": POLICIES[raw.policy],
         "pool_choice": _pool_choice(pointer) if raw.policy else "",
         **{name: _type_name(getattr(raw, name)) for name in ("type_k", "type_v")},
+        "scoring_backend": _native.ffi.string(raw.scoring_backend).decode(),
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
         "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},
         "groups": tuple(groups),

@@ -3,6 +3,7 @@
 #include "llama-context.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 namespace asrkf {
@@ -20,6 +21,7 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
     s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
     s.device_index_bytes = scored.index_bytes();
+    std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "%s", scored.backend().c_str());
     const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
     for (const sequence & q : tokens.sequences) {
         s.outputs_total += q.trigger.count();

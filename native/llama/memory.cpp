@@ -217,6 +217,7 @@ asrkf_stats upstream_stats(llama_context * ctx) {
     s.n_groups    = 1;
     s.pool_cells  = llama_n_ctx(ctx);
     s.missed_attention_ratio = s.missed_attention_worst_ratio = 0; // nothing is frozen
+    std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "none");
     const auto * plain = dynamic_cast<llama_kv_cache *>(llama_get_memory(ctx));
     s.type_k      = plain ? plain->type_k() : -1;
     s.type_v      = plain ? plain->type_v() : -1;

@@ -329,7 +329,7 @@ bytes_by_device bytes_of(const settings & config, const llama_memory_params & pa
         for (const auto & [buft, bytes] : scorer->breakdown()) {
             needed[owner_of(buft)].index_bytes += bytes;
         }
-        for (const auto & [buft, bytes] : scoring_graphs(*scorer, largest_shapes(config), /*no_alloc*/ true).breakdown()) {
+        for (const auto & [buft, bytes] : device_scorers(*scorer, largest_shapes(config), /*no_alloc*/ true).breakdown()) {
             needed[owner_of(buft)].compute_bytes += bytes;
         }
     }

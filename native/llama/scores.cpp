@@ -3,6 +3,7 @@
 #include "llama/refusal.h"
 
 #include "llama-context.h"
+#include "llama-impl.h"
 
 #include <algorithm>
 #include <cstring>
@@ -47,8 +48,13 @@ scores::scores(const settings & config, layer_groups & groups, token_table & tok
         return;
     }
     scorer = make_scorer(config, scoring_layers, [&](uint32_t il) { return groups.of_layer(il); }, sets, config.no_alloc);
-    graphs = std::make_unique<scoring_graphs>(*scorer, largest_shapes(config), config.no_alloc);
-    arrived.reset(ggml_backend_buft_alloc_buffer(buft, (scorer->n_heads() + graphs->n_parts()*2*config.n_index_rows())*sizeof(float)));
+    devices = std::make_unique<device_scorers>(*scorer, largest_shapes(config), config.no_alloc);
+    for (const std::string & note : devices->notes()) {
+        if (!config.no_alloc) {
+            LLAMA_LOG_WARN("asrkf: %s\n", note.c_str());
+        }
+    }
+    arrived.reset(ggml_backend_buft_alloc_buffer(buft, (scorer->n_heads() + devices->size()*2*config.n_index_rows())*sizeof(float)));
     if (!arrived) {
         throw error(ASRKF_INTERNAL, "no host memory for the scores");
     }
@@ -58,6 +64,7 @@ void scores::prepare(side_step & step, const std::vector<part> & parts, bool pro
     if (!scorer) {
         return;
     }
+    devices->before_writes();
     step.shape = worst_shape(uint32_t(step.records.size())); // so that it changes with the number of tokens only
     for (const part & p : parts) {
         std::vector<llama_pos> step_pos;
@@ -88,7 +95,7 @@ branch_shape scores::worst_shape(uint32_t n_tokens) const {
 std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scores::breakdown() const {
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
     if (scorer) {
-        sizes = graphs->breakdown();
+        sizes = devices->breakdown();
         sizes.insert(sizes.end(), scorer->breakdown().begin(), scorer->breakdown().end());
     }
     return sizes;
@@ -105,7 +112,7 @@ int scores::place_of(int32_t il) const {
 
 // Of the step's sequences that score: rows of their rings, what each query sees, and the graph.
 void scores::prepare_scoring(side_step & step, bool prompt_end) {
-    step.scores.n_scored   = graphs->size_class(tokens.index->n_used());
+    step.scores.n_scored   = devices->size_class(tokens.index->n_used());
     step.scores.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
     step.scores.prompt_end = prompt_end;
     step.scores.several    = step.scored.size() > 1;
@@ -125,7 +132,7 @@ void scores::prepare_scoring(side_step & step, bool prompt_end) {
     step.scoring.mask   = scorer->mask_of(step.scores, *tokens.index, queries);
     step.scoring.frozen = frozen_parts(step);
     attach();
-    graphs->prepare(step.scores);
+    devices->prepare(step.scores);
 }
 
 // Of each index row, in each set: the part of its tokens that is out of this step's attention. Of a token that sequences share
@@ -154,7 +161,7 @@ std::vector<float> scores::frozen_parts(const side_step & step) const {
 }
 
 void scores::attach() {
-    if (graphs->is_attached()) {
+    if (devices->is_attached()) {
         return;
     }
     ggml_backend_sched_t sched = moves.context()->get_sched();
@@ -162,7 +169,7 @@ void scores::attach() {
     for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
         backends.push_back(ggml_backend_sched_get_backend(sched, i));
     }
-    graphs->attach(backends);
+    devices->attach(backends);
 }
 
 // llama.cpp calls this where nothing may throw: all is made by now.
@@ -184,13 +191,29 @@ void scores::run(side_step & step) {
     running   = std::move(step.scoring);
     n_arrived = step.scores.n_scored;
     auto * out_missed = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
-    if (graphs->run(running, out_missed + scorer->n_heads(), out_missed)) {
-        pending = step.scored;
-    } else {
-        pending.clear();
-        counted.scoring_steps_total--;
-        refuse("the device failed to compute a step's scores: its policy goes by the last ones", ASRKF_INTERNAL);
+    pending = step.scored;
+    try {
+        devices->run(running, out_missed + scorer->n_heads(), out_missed);
+    } catch (const std::exception & e) {
+        give_up(e);
     }
+}
+
+// Whether the scores that are pending have come.
+bool scores::await() {
+    try {
+        devices->wait();
+        return true;
+    } catch (const std::exception & e) {
+        give_up(e);
+        return false;
+    }
+}
+
+void scores::give_up(const std::exception & why) {
+    counted.scoring_steps_total -= !pending.empty();
+    pending.clear();
+    refuse(format("the device failed to compute a step's scores: its policy goes by the last ones (%s)", text_of(why).c_str()), ASRKF_INTERNAL);
 }
 
 void scores::fold_in() {
@@ -198,7 +221,9 @@ void scores::fold_in() {
         return;
     }
     stopwatch watch(counted.scoring_seconds);
-    moves.synchronize();
+    if (!await()) {
+        return;
+    }
     const auto * by_head = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
     if (scorer->kind == SCORE_ATTENTION) {
         newest_missed = { std::accumulate(by_head, by_head + scorer->n_heads(), 0.0f) / float(scorer->n_heads()),
@@ -206,7 +231,7 @@ void scores::fold_in() {
     }
     auto * means = const_cast<float *>(by_head) + scorer->n_heads();
     float * peaks = means + n_arrived;
-    for (size_t p = 1; p < graphs->n_parts(); ++p) { // of other devices
+    for (size_t p = 1; p < devices->size(); ++p) { // of other devices
         for (uint32_t row = 0; row < n_arrived; ++row) {
             means[row] += means[2*p*n_arrived + row];
             peaks[row]  = std::max(peaks[row], peaks[2*p*n_arrived + row]);
@@ -241,6 +266,7 @@ void scores::index_records(const std::vector<uint32_t> & ids) {
     if (!scorer || ids.empty()) {
         return;
     }
+    await(); // it reads the rows that are about to be written
     std::vector<std::vector<uint32_t>> members(tokens.index->n_used()); // of the index rows that change
     std::vector<bool> changed(members.size(), false);
     for (const uint32_t id : ids) {

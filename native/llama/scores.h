@@ -1,10 +1,10 @@
-// What the newest queries make of the tokens: the side branch of the model's graph, which writes index and rings; the scoring
-// graph that reads them; and the scores that come back. Scores of a step arrive with its logits and are folded in before the
+// What the newest queries make of the tokens: the side branch of the model's graph, which writes index and rings; what scores
+// with them; and the scores that come back. Scores of a step arrive with its logits and are folded in before the
 // next decision, never later and never earlier, so that a seed repeats.
 #pragma once
 
 #include "llama/transfers.h"
-#include "scoring/scoring_graph.h"
+#include "scoring/device_scorers.h"
 
 #include <functional>
 
@@ -26,13 +26,13 @@ struct side_step {
     relevance::written    written;    // index rows
     std::vector<uint32_t> scored;     // the sequences whose queries score, and
     scoring_shape         scores;
-    scoring_graphs::inputs scoring;   // where their queries are, and what they see
+    scoring_inputs        scoring;    // where their queries are, and what they see
 };
 
 // The index and the branch of these layers. sets gets their groups.
 using group_of_layer = std::function<uint32_t(uint32_t il)>;
 std::unique_ptr<relevance> make_scorer(const settings & config, const std::vector<uint32_t> & scoring_layers, const group_of_layer & group_of, std::vector<uint32_t> & sets, bool no_alloc);
-// Of its scoring graphs.
+// Of its scorings.
 std::vector<scoring_shape> largest_shapes(const settings & config);
 
 class scores {
@@ -43,6 +43,7 @@ public:
             const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft);
 
     bool is_on() const { return scorer != nullptr; }
+    std::string backend() const { return devices ? devices->kinds() : "none"; } // as asrkf_stats names it
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
     // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings. Throws
@@ -50,9 +51,9 @@ public:
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
-    // Of index and rings; and of scoring graphs, beside the scheduler's own buffers.
+    // Of index and rings; and of what scores with them, beside the scheduler's own buffers.
     size_t index_bytes() const { return scorer ? scorer->device_bytes() : 0; }
-    size_t compute_bytes() const { return graphs ? graphs->device_bytes() : 0; }
+    size_t compute_bytes() const { return devices ? devices->device_bytes() : 0; }
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // of both
 
     // Which of the scoring layers il is, -1: none. They are built in order; the first begins a new graph.
@@ -84,6 +85,8 @@ private:
     void prepare_scoring(side_step & step, bool prompt_end);
     std::vector<float> frozen_parts(const side_step & step) const;
     void attach();
+    bool await();
+    void give_up(const std::exception & why);
     void index_layer(size_t i, const std::vector<std::vector<uint32_t>> & members);
 
     const settings &           config;
@@ -92,9 +95,9 @@ private:
     transfers &                moves;
     counters &                 counted;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
-    std::unique_ptr<scoring_graphs> graphs;        // as well
-    scoring_graphs::inputs     running;            // what a run reads, until it is synchronised
-    ggml_backend_buffer_ptr    arrived;            // what heads miss; of each part means, then peaks, [n_arrived] each: never moved, it may still be written
+    scoring_inputs             running;            // what a run reads, until it is over
+    ggml_backend_buffer_ptr    arrived;            // what heads miss; of each device means, then peaks, [n_arrived] each: never moved, it may still be written
+    std::unique_ptr<device_scorers> devices;       // as `scorer`; dies before what its last run reads and writes
     std::vector<uint32_t>      sets;               // the groups of scoring layers
     missed_attention           newest_missed;
     uint32_t                   n_arrived = 0;

@@ -2,7 +2,7 @@
 //
 // Scoring layers keep this on the device beside the pool: an index of the whole sequence, frozen or not, and the
 // newest queries. Each step's graph writes its rows, in the same shape whether the step scores or not. A scoring step then
-// computes the attention of the kept queries over the whole index, in a graph of its own (scoring_graph.h).
+// computes the attention of the kept queries over the whole index, apart from that graph (device_scorer.h).
 // So frozen tokens have fresh scores, and the queries of all steps since the last decision count, at the price of reading
 // the index once. Where a prompt ends more queries score: a question is longer than a few tokens, and any of its words
 // may be the one that asks. The index holds

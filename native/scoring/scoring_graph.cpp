@@ -6,12 +6,9 @@
 
 namespace asrkf {
 
-thread_local uint32_t fail_scoring_in = 0;
-
 namespace {
 
-constexpr uint32_t ROWS_UNIT       = 256; // rows that are scored: so many, or a multiple
-constexpr uint32_t QUERIES_AT_ONCE = 8;   // their products with the whole index lie in memory together
+constexpr uint32_t QUERIES_AT_ONCE = 8; // their products with the whole index lie in memory together
 constexpr size_t   KEPT_GRAPHS     = 4;
 
 // Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
@@ -35,11 +32,6 @@ ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
     return rest ? joined(ctx, t, rest, maximum) : t;
 }
 
-ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // host memory may name none
-}
-
 } // namespace
 
 struct scoring_graphs::graph {
@@ -59,15 +51,6 @@ struct scoring_graphs::graph {
 private:
     void add_layer(const relevance & kept, size_t i);
     ggml_tensor * scores_of(const relevance & kept, size_t i, ggml_tensor * queries, uint32_t first, uint32_t n) const;
-};
-
-struct scoring_graphs::part {
-    std::vector<size_t>        layers; // of the scoring layers
-    ggml_backend_buffer_type_t buft;
-    ggml_backend_t             backend = nullptr;
-    ggml_gallocr_ptr           room;
-    size_t                     n_bytes = 0;
-    std::list<graph>           graphs;  // the newest first
 };
 
 //
@@ -163,158 +146,91 @@ void scoring_graphs::graph::add_layer(const relevance & kept, size_t i) {
 // all of them
 //
 
-scoring_graphs::scoring_graphs(const relevance & kept, const std::vector<scoring_shape> & largest, bool no_alloc) : kept(kept) {
-    for (size_t i = 0; i < kept.layers().size(); ++i) {
-        const ggml_backend_buffer_type_t buft = kept.layers()[i].buft;
-        auto found = std::find_if(parts.begin(), parts.end(), [&](const auto & p) { return p->buft == buft; });
-        if (found == parts.end()) {
-            parts.push_back(std::make_unique<part>());
-            parts.back()->buft = buft;
-            parts.back()->room.reset(ggml_gallocr_new(buft));
-            found = parts.end() - 1;
-        }
-        (*found)->layers.push_back(i);
-    }
-    for (auto & p : parts) {
-        reserve(*p, largest, no_alloc);
-    }
-}
+scoring_graphs::scoring_graphs(const device_part & part) : part(part), room(ggml_gallocr_new(part.buft)) { reserve(); }
 
 scoring_graphs::~scoring_graphs() = default;
 
 // A smaller graph may fit its room worse: each is tried.
-void scoring_graphs::reserve(part & p, const std::vector<scoring_shape> & largest, bool no_alloc) {
+void scoring_graphs::reserve() {
+    const relevance & kept = *part.kept;
     scoring_shape needs_most;
-    for (scoring_shape shape : largest) {
+    for (scoring_shape shape : part.largest) {
         shape.n_scored = 0;
         while (shape.n_scored < kept.rows()) {
-            shape.n_scored = size_class(shape.n_scored + 1);
-            graph g(kept, p.layers, shape);
-            check_ops(p, g);
-            size_t n_bytes = 0;
-            ggml_gallocr_reserve_n_size(p.room.get(), g.nodes, nullptr, nullptr, &n_bytes);
-            if (n_bytes > p.n_bytes) {
-                p.n_bytes  = n_bytes;
+            shape.n_scored = rows_to_score(shape.n_scored + 1, kept.rows());
+            graph g(kept, part.layers, shape);
+            check_ops(g);
+            size_t n_needed = 0;
+            ggml_gallocr_reserve_n_size(room.get(), g.nodes, nullptr, nullptr, &n_needed);
+            if (n_needed > n_bytes) {
+                n_bytes    = n_needed;
                 needs_most = shape;
             }
         }
     }
-    if (!no_alloc) {
-        if (!ggml_gallocr_reserve(p.room.get(), graph(kept, p.layers, needs_most).nodes)) {
-            throw error(ASRKF_INTERNAL, format("no %zu bytes on %s to compute scores in: lower n_ctx, or name fewer score_layers", p.n_bytes,
-                    ggml_backend_buft_name(p.buft)));
+    if (!part.no_alloc) {
+        if (!ggml_gallocr_reserve(room.get(), graph(kept, part.layers, needs_most).nodes)) {
+            throw error(ASRKF_INTERNAL, format("no %zu bytes on %s to compute scores in: lower n_ctx, or name fewer score_layers", n_bytes,
+                    ggml_backend_buft_name(part.buft)));
         }
-        p.n_bytes = ggml_gallocr_get_buffer_size(p.room.get(), 0);
+        n_bytes = ggml_gallocr_get_buffer_size(room.get(), 0);
     }
 }
 
 // Here, not when a scheduler would compute elsewhere what a device cannot, and carry the index there.
-void scoring_graphs::check_ops(const part & p, const graph & g) const {
-    ggml_backend_dev_t dev = device_of(p.buft);
+void scoring_graphs::check_ops(const graph & g) const {
     for (int i = 0; i < ggml_graph_n_nodes(g.nodes); ++i) {
         ggml_tensor * node = ggml_graph_node(g.nodes, i);
-        if (!ggml_backend_dev_supports_op(dev, node)) {
+        if (!ggml_backend_dev_supports_op(part.device, node)) {
             throw error(ASRKF_UNSUPPORTED, format("%s lacks %s of %s, which scores are computed with: use index=f16, or kv_policy=\"window\"",
-                    ggml_backend_dev_name(dev), ggml_op_desc(node), ggml_type_name(node->src[0]->type)));
+                    ggml_backend_dev_name(part.device), ggml_op_desc(node), ggml_type_name(node->src[0]->type)));
         }
     }
 }
-
-size_t scoring_graphs::device_bytes() const {
-    size_t n_bytes = 0;
-    for (const auto & p : parts) {
-        n_bytes += p->n_bytes;
-    }
-    return n_bytes;
-}
-
-std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scoring_graphs::breakdown() const {
-    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
-    for (const auto & p : parts) {
-        sizes.emplace_back(p->buft, p->n_bytes);
-    }
-    return sizes;
-}
-
-uint32_t scoring_graphs::size_class(uint32_t n_used) const {
-    uint32_t units = (std::max(n_used, 1u) + ROWS_UNIT - 1) / ROWS_UNIT, step = 1;
-    while (units / step >= 8) {
-        step *= 2;
-    }
-    units = (units + step - 1) / step * step;
-    return std::min(kept.rows(), units*ROWS_UNIT);
-}
-
-void scoring_graphs::attach(const std::vector<ggml_backend_t> & backends) {
-    for (auto & p : parts) {
-        for (ggml_backend_t backend : backends) {
-            if (!p->backend && ggml_backend_get_device(backend) == device_of(p->buft)) {
-                p->backend = backend;
-            }
-        }
-        if (!p->backend) {
-            throw error(ASRKF_UNSUPPORTED, format("no backend of this context computes on %s", ggml_backend_buft_name(p->buft)));
-        }
-    }
-}
-
-bool scoring_graphs::is_attached() const { return std::all_of(parts.begin(), parts.end(), [](const auto & p) { return p->backend != nullptr; }); }
 
 void scoring_graphs::prepare(const scoring_shape & shape) {
-    for (auto & p : parts) {
-        const auto found = std::find_if(p->graphs.begin(), p->graphs.end(), [&](const graph & g) { return g.shape == shape; });
-        if (found != p->graphs.end()) {
-            p->graphs.splice(p->graphs.begin(), p->graphs, found);
-            continue;
-        }
-        p->graphs.emplace_front(kept, p->layers, shape);
-        const bool   made    = ggml_gallocr_alloc_graph(p->room.get(), p->graphs.front().nodes);
-        const size_t n_bytes = ggml_gallocr_get_buffer_size(p->room.get(), 0);
-        if (made && n_bytes == p->n_bytes) {
-            while (p->graphs.size() > KEPT_GRAPHS) {
-                p->graphs.pop_back();
-            }
-            continue;
-        }
-        p->graphs.clear(); // never computed in room that is gone
-        p->n_bytes = n_bytes;
-        throw error(ASRKF_INTERNAL, format("scoring %u rows does not fit the room that was reserved on %s", shape.n_scored, ggml_backend_buft_name(p->buft)));
+    const auto found = std::find_if(graphs.begin(), graphs.end(), [&](const graph & g) { return g.shape == shape; });
+    if (found != graphs.end()) {
+        graphs.splice(graphs.begin(), graphs, found);
+        return;
+    }
+    graphs.emplace_front(*part.kept, part.layers, shape);
+    const bool   made   = ggml_gallocr_alloc_graph(room.get(), graphs.front().nodes);
+    const size_t n_room = ggml_gallocr_get_buffer_size(room.get(), 0);
+    if (!made || n_room != n_bytes) {
+        graphs.clear(); // never computed in room that is gone
+        n_bytes = n_room;
+        throw error(ASRKF_INTERNAL, format("scoring %u rows does not fit the room that was reserved on %s", shape.n_scored, ggml_backend_buft_name(part.buft)));
+    }
+    while (graphs.size() > KEPT_GRAPHS) {
+        graphs.pop_back();
     }
 }
 
-bool scoring_graphs::run(const inputs & in, float * out, float * out_missed) {
-    if (fail_scoring_in > 0 && --fail_scoring_in == 0) {
-        return false;
-    }
-    for (auto & p : parts) {
-        const graph & g = p->graphs.front(); // prepared for this
-        ggml_backend_tensor_set_async(p->backend, g.scoring, in.scoring.data(), 0, ggml_nbytes(g.scoring));
-        for (const auto & [tensor, values] : { std::pair(g.mask, &in.mask), std::pair(g.frozen, &in.frozen) }) {
-            if (tensor) {
-                ggml_backend_tensor_set_async(p->backend, tensor, values->data(), 0, ggml_nbytes(tensor));
-            }
-        }
-        if (ggml_backend_graph_compute_async(p->backend, g.nodes) != GGML_STATUS_SUCCESS) {
-            return false;
-        }
-        for (const ggml_tensor * scores : { g.mean, g.peak }) {
-            ggml_backend_tensor_get_async(p->backend, scores, out, 0, ggml_nbytes(scores));
-            out += scores->ne[0];
-        }
-        if (g.missed) {
-            ggml_backend_tensor_get_async(p->backend, g.missed, out_missed, 0, ggml_nbytes(g.missed));
-            out_missed += g.missed->ne[0];
+void scoring_graphs::run(const scoring_inputs & in, float * out, float * out_missed) {
+    const graph & g = graphs.front();
+    ggml_backend_tensor_set_async(backend, g.scoring, in.scoring.data(), 0, ggml_nbytes(g.scoring));
+    for (const auto & [tensor, values] : { std::pair(g.mask, &in.mask), std::pair(g.frozen, &in.frozen) }) {
+        if (tensor) {
+            ggml_backend_tensor_set_async(backend, tensor, values->data(), 0, ggml_nbytes(tensor));
         }
     }
-    return true;
+    if (ggml_backend_graph_compute_async(backend, g.nodes) != GGML_STATUS_SUCCESS) {
+        throw error(ASRKF_INTERNAL, format("%s failed to compute a graph", ggml_backend_name(backend)));
+    }
+    ggml_backend_tensor_get_async(backend, g.mean, out, 0, ggml_nbytes(g.mean));
+    ggml_backend_tensor_get_async(backend, g.peak, out + g.mean->ne[0], 0, ggml_nbytes(g.peak));
+    if (g.missed) {
+        ggml_backend_tensor_get_async(backend, g.missed, out_missed, 0, ggml_nbytes(g.missed));
+    }
 }
 
-std::vector<ggml_cgraph *> scoring_graphs::graphs() const {
-    std::vector<ggml_cgraph *> newest;
-    for (const auto & p : parts) {
-        newest.push_back(p->graphs.front().nodes);
+void scoring_graphs::wait() {
+    if (backend) {
+        ggml_backend_synchronize(backend);
     }
-    return newest;
 }
+
+ggml_cgraph * scoring_graphs::newest() const { return graphs.front().nodes; }
 
 } // namespace asrkf

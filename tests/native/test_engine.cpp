@@ -2,7 +2,7 @@
 // Seeds are printed; ASRKF_TEST_SEED runs one, ASRKF_TEST_OPERATIONS how many operations each machine makes.
 #include "tiny.h"
 
-#include "scoring/scoring_graph.h"
+#include "scoring/device_scorers.h"
 #include "store/host_store.h"
 #include "store/row_mover.h"
 

@@ -2,6 +2,7 @@
 #include "check.h"
 
 #include "scoring/query_rings.h"
+#include "scoring/device_scorers.h"
 #include "scoring/scoring_graph.h"
 
 #include "ggml-alloc.h"
@@ -87,9 +88,9 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
     }
     relevance branch_of(layers, N_ROWS, 1, FIRST_RING_ROW + n_kept_rows, type, kind, s.soft_cap, false);
     const scoring_shape shape = { N_ROWS, prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end, false };
-    scoring_graphs graphs(branch_of, { shape }, false);
-    graphs.attach({ backend.get() });
-    const size_t reserved_bytes = graphs.device_bytes();
+    device_scorers scorers(branch_of, { shape }, false);
+    scorers.attach({ backend.get() });
+    const size_t reserved_bytes = scorers.device_bytes();
     CHECK(branch_of.device_bytes() >= s.n_layers*(N_ROWS*ggml_row_size(type, s.head*s.n_head_kv) + n_kept_rows*s.n_head*s.head*sizeof(float)));
 
     oracle o = { s, {}, {}, std::vector<int32_t>(N_ROWS, -1), {} };
@@ -153,7 +154,7 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         if (!scoring) {
             continue;
         }
-        scoring_graphs::inputs in;
+        scoring_inputs in;
         in.scoring = rings.scoring_rows(prompt_end);
         std::vector<float> frozen(2*N_ROWS);
         for (float & x : frozen) { x = float(random() % 3) / 2; }
@@ -172,10 +173,10 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
             }
         }
         std::vector<float> out(2*N_ROWS), missed(branch_of.n_heads(), -1);
-        graphs.prepare(shape);
-        CHECK(graphs.run(in, out.data(), missed.data()));
-        ggml_backend_synchronize(backend.get());
-        CHECK(graphs.device_bytes() == reserved_bytes);
+        scorers.prepare(shape);
+        scorers.run(in, out.data(), missed.data());
+        scorers.wait();
+        CHECK(scorers.device_bytes() == reserved_bytes);
         // ggml rounds q to the type that the index's dot product wants: F16 or Q8_0
         const double tolerance = type == GGML_TYPE_F16 ? 2e-3 : 2e-2;
         const auto check = [&](const float * found, const std::vector<double> & expected) {
@@ -214,8 +215,8 @@ void compare_means(bool cut) {
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     relevance branch_of({ { 0, HEAD, 1, 1, ggml_backend_get_default_buffer_type(backend.get()) } }, N_ROWS, PER_ROW, 1 + PROMPT_END_QUERIES, GGML_TYPE_F16, SCORE_ATTENTION, 0, false);
     const scoring_shape shape = { N_ROWS, 1, false, false };
-    scoring_graphs graphs(branch_of, { shape }, false);
-    graphs.attach({ backend.get() });
+    device_scorers scorers(branch_of, { shape }, false);
+    scorers.attach({ backend.get() });
     index_rows index(N_ROWS, PER_ROW);
     query_rings rings(1, 0);
     std::vector<uint32_t> records; // by token: numbers in no order
@@ -271,14 +272,14 @@ void compare_means(bool cut) {
         branch_of.set_written(b, branch_of.written_by(b.shape, index, std::vector<uint32_t>(records.begin() + begin, records.end())));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
-        const scoring_graphs::inputs in = { rings.scoring_rows(false),
+        const scoring_inputs in = { rings.scoring_rows(false),
             branch_of.mask_of(shape, index, { { rings.positions(false)[0], &records, &positions } }), std::vector<float>(N_ROWS, 1) };
         std::vector<float> found(2*N_ROWS);
         float missed = 0;
-        graphs.prepare(shape);
-        CHECK(graphs.run(in, found.data(), &missed));
+        scorers.prepare(shape);
+        scorers.run(in, found.data(), &missed);
+        scorers.wait();
         CHECK(std::fabs(missed - 1) < 1e-5); // everything is frozen
-        ggml_backend_synchronize(backend.get());
         return found;
     };
     const auto expected = [&] {
@@ -456,7 +457,7 @@ void check_shape_rules(const ggml_tensor * node) {
 void check_graphs_on(ggml_backend_dev_t dev, ggml_type type, uint32_t tokens_per_row) {
     relevance kept = large_index(dev, type, tokens_per_row);
     const scoring_shape step = { 4096, 16, false, true }, prompt = { 4096, PROMPT_END_QUERIES, true, false };
-    scoring_graphs graphs(kept, { step, prompt }, false);
+    scoring_graphs graphs(parts_of(kept, { step, prompt }, false)[0]);
     const auto check = [&](ggml_cgraph * graph) {
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
             const ggml_tensor * node = ggml_graph_node(graph, i);
@@ -466,7 +467,7 @@ void check_graphs_on(ggml_backend_dev_t dev, ggml_type type, uint32_t tokens_per
     };
     for (const scoring_shape & shape : { step, prompt }) {
         graphs.prepare(shape);
-        check(graphs.graphs()[0]);
+        check(graphs.newest());
     }
     for (const uint32_t n : { 1u, 8u, 64u }) {
         ggml_init_params params = { 256*ggml_tensor_overhead() + ggml_graph_overhead_custom(256, false), nullptr, true };
@@ -500,24 +501,24 @@ TEST(graphs, "a size has its graph, four to an octave; the newest are kept as th
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     relevance kept = large_index(ggml_backend_get_device(backend.get()), GGML_TYPE_Q4_0, 1);
     const scoring_shape largest = { 0, 4, false, false };
-    scoring_graphs graphs(kept, { largest }, false);
+    scoring_graphs graphs(parts_of(kept, { largest }, false)[0]);
     const size_t reserved_bytes = graphs.device_bytes();
-    CHECK(scoring_graphs(kept, { largest }, true).device_bytes() == reserved_bytes);
+    CHECK(scoring_graphs(parts_of(kept, { largest }, true)[0]).device_bytes() == reserved_bytes);
     CHECK(reserved_bytes >= 4096*4*32*sizeof(float) && reserved_bytes < 3*4096*4*32*sizeof(float));
     std::vector<uint32_t> sizes;
     for (uint32_t n = 0; n <= 4096; ++n) {
-        const uint32_t size = graphs.size_class(n);
+        const uint32_t size = rows_to_score(n, kept.rows());
         CHECK(size >= n && (n < 2048 ? size <= std::max(256u, n + n/4 + 256) : size <= n + n/4));
         if (sizes.empty() || sizes.back() != size) {
             sizes.push_back(size);
         }
     }
     CHECK((sizes == std::vector<uint32_t>{ 256, 512, 768, 1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096 }));
-    graphs.attach({ backend.get() });
+    graphs.attach(backend.get());
     std::vector<ggml_cgraph *> seen;
     for (const uint32_t size : { 256u, 512u, 256u, 768u, 1024u, 1280u, 256u, 4096u }) {
         graphs.prepare({ size, 4, false, false });
-        seen.push_back(graphs.graphs()[0]);
+        seen.push_back(graphs.newest());
         CHECK(graphs.device_bytes() == reserved_bytes);
     }
     CHECK(seen[0] == seen[2] && seen[0] == seen[6] && seen[0] != seen[1]);
@@ -527,15 +528,17 @@ TEST(failing_run, "a device that fails gives no scores") {
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     relevance kept = large_index(ggml_backend_get_device(backend.get()), GGML_TYPE_F16, 1);
     const scoring_shape shape = { 256, 4, false, false };
-    scoring_graphs graphs(kept, { shape }, false);
-    graphs.attach({ backend.get() });
-    graphs.prepare(shape);
-    const scoring_graphs::inputs in = { { 0, 1, 2, 3 }, std::vector<float>(256*4, 0), std::vector<float>(256, 0) };
+    device_scorers scorers(kept, { shape }, false);
+    scorers.attach({ backend.get() });
+    scorers.prepare(shape);
+    const scoring_inputs in = { { 0, 1, 2, 3 }, std::vector<float>(256*4, 0), std::vector<float>(256, 0) };
     std::vector<float> out(2*256), missed(kept.n_heads());
     fail_scoring_in = 2;
-    CHECK(graphs.run(in, out.data(), missed.data()));
-    CHECK(!graphs.run(in, out.data(), missed.data()));
-    CHECK(graphs.run(in, out.data(), missed.data()));
+    const auto run = [&] { return thrown([&] { scorers.run(in, out.data(), missed.data()); }); };
+    CHECK(run().empty());
+    CHECK(!run().empty());
+    CHECK(run().empty());
+    scorers.wait();
     CHECK(std::fabs(out[0]*256 - 1) < 1e-5); // empty rows: all the same
 }
 
