@@ -70,6 +70,16 @@ def test_logits_with_a_pool_that_holds_everything_are_those_without_a_policy(loa
     np.testing.assert_array_equal(*found)
 
 
+@pytest.mark.parametrize("n_gpu_layers", [-1, 3])
+def test_an_nvidia_card_scores_by_our_kernels_and_other_devices_by_graphs(load, model, n_gpu_layers: int):
+    llm = load(model, n_gpu_layers=n_gpu_layers, kv_policy="asrkf,pool=512,layers=shared,window=64,score_layers=0-3", n_ctx=2048)
+    llm.eval(tokens(900, 1))
+    stats = llm.kv_stats()
+    on_a_card = "cuda" if n_gpu_layers < 0 else "cuda+graph"  # layers that stay on the CPU score there
+    assert stats.scoring_backend == (on_a_card if DEVICE.lower().startswith("cuda") else "graph")
+    assert stats.scoring_steps_total > 0 and 0 < stats.missed_attention_ratio < stats.missed_attention_worst_ratio <= 1.0001
+
+
 def test_a_state_goes_from_the_device_to_the_cpu_and_back(load, model):
     options = {"kv_policy": "asrkf,layers=0-1@512/2-3@768,window=64", "n_ctx": 2048}
     device, cpu = load(model, n_gpu_layers=-1, **options), load(model, n_gpu_layers=0, **options)

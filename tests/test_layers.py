@@ -9,12 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 # The rooms of native/, and what each may include besides the standard library. "ggml" stands for ggml's public headers,
-# "llama-" for llama.cpp's own (its src/); a room's name for all its files.
+# "llama-" for llama.cpp's own (its src/); a room's name for all its files. Nothing includes the kernels' room: what it has to
+# offer it offers by itself.
+CUDA_HEADERS = {"<cuda_fp16.h>", "<cuda_runtime.h>", "<cuda_runtime_api.h>", "cuda_shim.h"}
 NATIVE = {
     "policy": {"common.h", "policy"},
     "store": {"common.h", "store", "ggml"},
     "scoring": {"common.h", "scoring", "ggml"},
-    "cuda": {"cuda", "<cuda_fp16.h>", "<cuda_runtime.h>", "<cuda_runtime_api.h>", "cuda_shim.h"},
+    "cuda": {"common.h", "scoring", "cuda", "ggml", "ggml-backend-impl.h", *CUDA_HEADERS},
     "llama": {"common.h", "policy", "store", "scoring", "llama", "ggml", "llama-", "<nlohmann/json.hpp>"},
     "common": {"common.h", "asrkf.h"},
     "asrkf": {"asrkf.h", "common.h", "policy", "llama/engine.h"},
@@ -102,7 +104,7 @@ def test_native_files_include_only_what_lies_below_them():
         seen.add(room_of(path))
         for name in includes_of(path):
             folder = name.split("/")[0] if name[0] != "<" else name
-            kind = "ggml" if re.fullmatch(r"ggml[\w-]*\.h", name) else "llama-" if name.startswith("llama-") else folder
+            kind = "ggml" if re.fullmatch(r"ggml[\w-]*(?<!-impl)\.h", name) else "llama-" if name.startswith("llama-") else folder
             assert {kind, name} & NATIVE[room_of(path)], f"{path.relative_to(ROOT)} includes {name}"
     assert seen == set(NATIVE)
 
@@ -111,6 +113,13 @@ def test_only_one_folder_knows_the_headers_of_llama_cpp():
     users = {room_of(path) for path in native_files() if re.search(r'#\s*include "llama-', path.read_text())}
     assert users == {"llama"}
     assert includes_of(ROOT / "native/llama/engine.h") == ["common.h"]  # what the C boundary sees of that folder
+
+
+def test_the_kernels_know_pointers_and_a_stream_alone():
+    for path in native_files():
+        if path.suffix == ".cu" or path.stem in ("kernels", "device"):
+            ours = [name for name in includes_of(path) if name[0] != "<"]
+            assert room_of(path) == "cuda" and set(ours) <= {"cuda/kernels.h", "cuda/device.h", "cuda_shim.h"}, path.name
 
 
 def test_no_header_includes_itself_on_a_round_trip():

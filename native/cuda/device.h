@@ -27,6 +27,17 @@ failure launch(void (*kernel)(Wanted...), dim3 grid, uint32_t n_threads, cudaStr
     return cudaGetErrorString(status);
 }
 
+// Whether the program holds no code of this kernel for the current device.
+template <typename... Wanted> failure is_missing(void (*kernel)(Wanted...)) {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+    if (status == cudaSuccess) {
+        return nullptr;
+    }
+    cudaGetLastError();
+    return cudaGetErrorString(status);
+}
+
 // The larger one; NaN if either is: a maximum that loses a NaN would hide it.
 template <typename T> __device__ __forceinline__ T larger(T a, T b) { return b > a || b != b ? b : a; }
 

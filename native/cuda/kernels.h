@@ -1,5 +1,5 @@
-// CUDA kernels for what the portable graphs compute elsewhere: relevance, moves of rows, entropy of an output. They know
-// pointers and a stream, no tensor and no model.
+// CUDA kernels for what the portable graphs compute elsewhere: relevance (called by scorer.cpp), moves of rows and the entropy of an
+// output (called by tests only, so far). They know pointers and a stream, no tensor and no model.
 //
 // Every function queues its work on the stream and returns at once: nullptr, or why nothing could be queued, text that lives as
 // long as the program. All pointers are the device's, or host memory that the device sees (pinned). A fault while a kernel runs
@@ -43,13 +43,17 @@ struct relevance_layer {
     bool            is_first;   // of the scoring layers: results are set, not added to
     float *         mean;       // [n_rows]
     float *         peak;       // [n_rows]
-    float *         missed;     // [2]: share of attention on frozen rows in this layer, mean and worst head; with `frozen` only
-    void *          scratch;    // relevance_scratch_bytes(), 16-byte aligned, zero before its first use; one stream's at a time
+    float *         missed;     // [n_head]: share of each head's attention on frozen rows; with `frozen` only
+    void *          scratch;    // relevance_scratch_bytes(), 16-byte aligned; one stream's at a time
+    uint32_t *      finished;   // [n_head_kv]: zero before its first use, and again after each; one stream's at a time
 };
 
 constexpr uint32_t MAX_HEAD = 256;
 
-size_t  relevance_scratch_bytes(uint32_t n_head, uint32_t n_head_kv, uint32_t n_rows, uint32_t n_queries);
+size_t  relevance_scratch_bytes(uint32_t n_head, uint32_t n_rows, uint32_t n_queries);
+// Why layers of this kind have no kernel, and whether the current device has the one they need; nullptr: it has.
+failure refuses_heads(row_type type, uint32_t head, uint32_t n_head, uint32_t n_head_kv);
+failure lacks_kernel(row_type type);
 failure add_relevance(const relevance_layer & layer, cudaStream_t stream);
 
 // Rows of tokens in many tensors, to or from one staging buffer, token by token.

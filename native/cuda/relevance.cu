@@ -31,18 +31,15 @@ __device__ __forceinline__ total joined(const total & a, const total & b) {
 }
 
 struct workspace { // parts of the scratch memory
-    total    * partial;  // [n_chunks, n_head, n_queries]
-    total    * totals;   // [n_head, n_queries]
-    uint32_t * finished; // [n_head_kv]: blocks of the first launch; 0 between launches
+    total * partial; // [n_chunks, n_head, n_queries]
+    total * totals;  // [n_head, n_queries]
 };
 
 __host__ __device__ __forceinline__ uint32_t chunks_of(uint32_t n_rows) { return (n_rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
-__host__ __device__ __forceinline__ size_t   finished_bytes(uint32_t n_head_kv) { return (size_t(n_head_kv)*sizeof(uint32_t) + 15) / 16 * 16; }
 
 __device__ __forceinline__ workspace workspace_of(const relevance_layer & l) {
-    auto * base = static_cast<uint8_t *>(l.scratch);
-    auto * totals = reinterpret_cast<total *>(base + finished_bytes(l.n_head_kv)); // first, so that the counters stay where they are
-    return { totals + size_t(l.n_head)*l.n_queries, totals, reinterpret_cast<uint32_t *>(base) };
+    auto * totals = static_cast<total *>(l.scratch);
+    return { totals + size_t(l.n_head)*l.n_queries, totals };
 }
 
 __device__ __forceinline__ float half_at(const uint8_t * p) { return __half2float(__ushort_as_half(*reinterpret_cast<const uint16_t *>(p))); }
@@ -168,7 +165,7 @@ template <row_type type> __global__ void __launch_bounds__(THREADS) sum_rows(con
     }
     if (threadIdx.x == 0) { // who wrote all of the block's results
         __threadfence();
-        is_last = atomicAdd(work.finished + kv, 1u) == gridDim.x - 1;
+        is_last = atomicAdd(l.finished + kv, 1u) == gridDim.x - 1;
     }
     __syncthreads();
     if (!is_last) {
@@ -183,25 +180,20 @@ template <row_type type> __global__ void __launch_bounds__(THREADS) sum_rows(con
         work.totals[kv*n_of_kv + q] = all;
     }
     if (threadIdx.x == 0) {
-        work.finished[kv] = 0; // for the next launch
+        l.finished[kv] = 0; // for the next launch
     }
 }
 
-// Missed attention of the layer, by one thread: a few hundred numbers.
+// Missed attention, by one block: a thread has a head.
 __device__ __forceinline__ void fold_missed(const relevance_layer & l, const total * totals) {
-    float sum = 0, worst = 0;
-    for (uint32_t h = 0; h < l.n_head; ++h) {
+    for (uint32_t h = threadIdx.x; h < l.n_head; h += THREADS) {
         float of_head = 0;
         for (uint32_t q = 0; q < l.n_queries; ++q) {
             const total & t = totals[h*l.n_queries + q];
             of_head += t.top == NONE ? 0.0f : t.frozen / t.sum;
         }
-        of_head /= float(l.n_queries);
-        sum  += of_head;
-        worst = larger(worst, of_head);
+        l.missed[h] = of_head / float(l.n_queries);
     }
-    l.missed[0] = sum / float(l.n_head);
-    l.missed[1] = worst;
 }
 
 template <row_type type> __global__ void __launch_bounds__(THREADS) fold_rows(const relevance_layer l) {
@@ -240,7 +232,7 @@ template <row_type type> __global__ void __launch_bounds__(THREADS) fold_rows(co
         l.mean[row] = l.is_first ? sum : l.mean[row] + sum;
         l.peak[row] = l.is_first ? peak : larger(l.peak[row], peak);
     }
-    if (l.missed && blockIdx.x == 0 && threadIdx.x == 0) {
+    if (l.missed && blockIdx.x == 0) {
         fold_missed(l, totals);
     }
 }
@@ -256,17 +248,36 @@ template <row_type type> failure queue(const relevance_layer & l, cudaStream_t s
 
 } // namespace
 
-size_t relevance_scratch_bytes(uint32_t n_head, uint32_t n_head_kv, uint32_t n_rows, uint32_t n_queries) {
-    return finished_bytes(n_head_kv) + size_t(chunks_of(n_rows) + 1)*n_head*n_queries*sizeof(total);
+size_t relevance_scratch_bytes(uint32_t n_head, uint32_t n_rows, uint32_t n_queries) {
+    return size_t(chunks_of(n_rows) + 1)*n_head*n_queries*sizeof(total);
+}
+
+failure refuses_heads(row_type type, uint32_t head, uint32_t n_head, uint32_t n_head_kv) {
+    const uint32_t block = type == row_type::f16 ? 16 : 32;
+    if (head == 0 || head > MAX_HEAD || head % block != 0) {
+        return "heads of more than 256 elements, or no multiple of 16 (32 in a quantised index)";
+    }
+    if (n_head_kv == 0 || n_head % n_head_kv != 0 || n_head_kv > 65535) {
+        return "query heads that KV heads do not divide";
+    }
+    return nullptr;
+}
+
+failure lacks_kernel(row_type type) {
+    switch (type) {
+        case row_type::f16:  return is_missing(sum_rows<row_type::f16>);
+        case row_type::q8_0: return is_missing(sum_rows<row_type::q8_0>);
+        case row_type::q4_0: return is_missing(sum_rows<row_type::q4_0>);
+    }
+    return "an index type without a kernel";
 }
 
 failure add_relevance(const relevance_layer & l, cudaStream_t stream) {
-    const uint32_t block = l.type == row_type::f16 ? 16 : 32;
-    if (l.head == 0 || l.head > MAX_HEAD || l.head % block != 0) {
-        return "heads of more than 256 elements, or no multiple of 16 (32 in a quantised index)";
+    if (failure why = refuses_heads(l.type, l.head, l.n_head, l.n_head_kv)) {
+        return why;
     }
-    if (l.n_head_kv == 0 || l.n_head % l.n_head_kv != 0 || l.n_head_kv > 65535 || l.n_queries == 0 || l.n_rows == 0 || l.n_layers == 0) {
-        return "query heads that KV heads do not divide, or nothing to score";
+    if (l.n_queries == 0 || l.n_rows == 0 || l.n_layers == 0) {
+        return "nothing to score";
     }
     if (l.magnitude && l.frozen) {
         return "magnitudes have no share that is missed";

@@ -119,7 +119,7 @@ private:
 
 struct relevance_result {
     std::vector<double> mean, peak;
-    std::vector<double> missed; // by layer: mean, worst head
+    std::vector<double> missed; // by layer: each head
 };
 
 // One query of one head over all rows: probabilities, or magnitudes.
@@ -156,7 +156,6 @@ inline relevance_result expected_of(const relevance_data & d) {
     const auto larger = [](double a, double b) { return std::isnan(a) || std::isnan(b) ? NAN : std::max(a, b); };
     relevance_result result = { std::vector<double>(c.n_rows, 0), std::vector<double>(c.n_rows, 0), {} };
     for (uint32_t layer = 0; layer < c.n_layers; ++layer) {
-        double missed = 0, worst = 0;
         for (uint32_t h = 0; h < c.n_head; ++h) {
             std::vector<double> of_head(c.n_rows, 0);
             double missed_of_head = 0;
@@ -172,10 +171,8 @@ inline relevance_result expected_of(const relevance_data & d) {
             for (uint32_t r = 0; r < c.n_rows && !c.prompt_end; ++r) {
                 result.peak[r] = larger(result.peak[r], of_head[r]);
             }
-            missed += missed_of_head / c.n_head;
-            worst   = larger(worst, missed_of_head);
+            result.missed.push_back(missed_of_head);
         }
-        result.missed.insert(result.missed.end(), { missed, worst });
     }
     return result;
 }

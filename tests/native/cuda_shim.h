@@ -1,10 +1,12 @@
-// The part of CUDA that native/cuda/ uses, on a CPU, so that the kernels' own source runs where no card is. Not a model of a GPU: it
+// The part of CUDA that the kernels of native/cuda/ use, on a CPU, so that the kernels' own source runs where no card is. Not a model of a GPU: it
 // shows what the kernels compute, and nothing of their speed, of memory that must be the device's, or of real concurrency.
 //
 // Blocks run one after the other. A block's threads are fibers, which change at barriers and shuffles only. shim::order says in which
 // order; `uneven` lets some threads sleep until all others wait for them, again and again: the most that a barrier has to hold.
 // A result that needs a barrier which is missing differs between the orders.
 #pragma once
+
+#include "cuda_shim_runtime.h"
 
 #include <ucontext.h>
 
@@ -29,19 +31,7 @@
 #define __launch_bounds__(n)
 #define __shared__ static // blocks run one after the other, in one thread
 
-struct dim3 {
-    uint32_t x, y, z;
-    dim3(uint32_t x = 1, uint32_t y = 1, uint32_t z = 1) : x(x), y(y), z(z) {}
-};
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
-
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
-using cudaStream_t = struct shim_stream *;
-struct cudaLaunchConfig_t {
-    dim3         gridDim, blockDim;
-    size_t       dynamicSmemBytes = 0;
-    cudaStream_t stream           = nullptr;
-};
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -50,8 +40,6 @@ namespace shim {
 enum class order { ascending, descending, uneven };
 inline order    thread_order = order::ascending;
 inline uint32_t seed         = 1;
-inline int      fail_in      = 0; // the n-th launch from now on fails; 0: none
-inline uint64_t n_launches   = 0;
 
 constexpr uint32_t WARP        = 32;
 constexpr size_t   STACK_BYTES = 128*1024;
@@ -192,7 +180,7 @@ inline void run_grid(const cudaLaunchConfig_t & config, std::function<void()> bo
     b.fibers.resize(config.blockDim.x);
     b.slots.resize(config.blockDim.x);
     for (uint32_t i = 0; i < config.blockDim.x; ++i) {
-        b.fibers[i].stack = std::make_unique<uint8_t[]>(STACK_BYTES);
+        b.fibers[i].stack.reset(new uint8_t[STACK_BYTES]); // not zeroed
         b.fibers[i].index = dim3(i, 0, 0);
     }
     std::mt19937 random(seed);
@@ -250,19 +238,16 @@ inline float __half2float(__half h) {
     return x;
 }
 
-inline const char * cudaGetErrorString(cudaError_t e) { return e == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "unspecified launch failure"; }
-inline cudaError_t  cudaGetLastError() { return cudaSuccess; }
-
 template <typename... Wanted, typename... Given>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * config, void (*kernel)(Wanted...), Given... arguments) {
     shim::n_launches++;
-    if (shim::fail_in > 0 && --shim::fail_in == 0) {
-        return cudaErrorLaunchFailure;
+    if (const cudaError_t failed = shim::status(); failed != cudaSuccess) {
+        return failed;
     }
     const dim3 grid = config->gridDim, threads = config->blockDim; // a card's limits
     if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535 || grid.z != 1 || threads.x == 0 || threads.x > 1024 || threads.y != 1) {
         return cudaErrorInvalidConfiguration;
     }
-    shim::run_grid(*config, [&] { kernel(arguments...); });
+    shim::give(config->stream, [grid = *config, kernel, arguments...] { shim::run_grid(grid, [=] { kernel(arguments...); }); });
     return cudaSuccess;
 }

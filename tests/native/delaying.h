@@ -2,15 +2,14 @@
 // back too early is used afterwards. Its memory is the host's, but it does not say so; its queue computes on ggml's CPU backend.
 #pragma once
 
+#include "delayed_queue.h"
+
 #include "ggml-backend-impl.h"
 #include "ggml-cpp.h"
 
-#include <algorithm>
 #include <cstring>
-#include <functional>
 #include <map>
 #include <memory>
-#include <vector>
 
 struct delaying_device {
     bool     has_events    = true;
@@ -24,9 +23,9 @@ struct delaying_device {
         device.iface.get_host_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev).pinned; };
         device.iface.supports_op          = [](ggml_backend_dev_t, const ggml_tensor *) { return true; };
         device.iface.supports_buft        = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev).memory; };
-        device.iface.event_new            = [](ggml_backend_dev_t dev) { return of(dev).has_events ? new ggml_backend_event{ dev, new size_t(0) } : nullptr; };
-        device.iface.event_free           = [](ggml_backend_dev_t, ggml_backend_event_t event) { delete static_cast<size_t *>(event->context); delete event; };
-        device.iface.event_synchronize    = [](ggml_backend_dev_t dev, ggml_backend_event_t event) { of(dev).work(*static_cast<size_t *>(event->context)); };
+        device.iface.event_new            = [](ggml_backend_dev_t dev) { return of(dev).has_events ? new ggml_backend_event{ dev, new delayed_event } : nullptr; };
+        device.iface.event_free           = [](ggml_backend_dev_t, ggml_backend_event_t event) { delete static_cast<delayed_event *>(event->context); delete event; };
+        device.iface.event_synchronize    = [](ggml_backend_dev_t, ggml_backend_event_t event) { static_cast<delayed_event *>(event->context)->synchronize(); };
         device.context = this;
 
         memory = { ggml_backend_cpu_buffer_type()->iface, &device, this };
@@ -43,35 +42,29 @@ struct delaying_device {
             delaying_device & d = of(b->device);
             d.n_uploads++;
             auto * to = static_cast<uint8_t *>(t->data) + offset;
-            d.later([=] { std::memcpy(to, data, n); });
-            if (d.uploads_first) {
-                d.queue.back()();
-                d.queue.back() = [] {};
-            }
+            const auto copy = [=] { std::memcpy(to, data, n); };
+            d.uploads_first ? copy() : d.queue.later(copy);
         };
         backend.iface.get_tensor_async = [](ggml_backend_t b, const ggml_tensor * t, void * data, size_t offset, size_t n) {
             of(b->device).n_downloads++;
             const auto * from = static_cast<const uint8_t *>(t->data) + offset;
-            of(b->device).later([=] { std::memcpy(data, from, n); });
+            of(b->device).queue.later([=] { std::memcpy(data, from, n); });
         };
-        backend.iface.synchronize   = [](ggml_backend_t b) { of(b->device).work(SIZE_MAX); };
+        backend.iface.synchronize   = [](ggml_backend_t b) { of(b->device).queue.work(); };
         backend.iface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) { return of(b->device).compute_later(graph); };
-        backend.iface.event_record  = [](ggml_backend_t b, ggml_backend_event_t event) { *static_cast<size_t *>(event->context) = of(b->device).n_given; };
-        backend.iface.event_wait    = [](ggml_backend_t b, ggml_backend_event_t event) { // of two queues, the one waits for the other: work until then is the same
-            of(b->device).work(of(b->device).uploads_first ? *static_cast<size_t *>(event->context) : 0);
+        backend.iface.event_record  = [](ggml_backend_t b, ggml_backend_event_t event) { static_cast<delayed_event *>(event->context)->record(of(b->device).queue); };
+        backend.iface.event_wait    = [](ggml_backend_t b, ggml_backend_event_t event) {
+            const auto * recorded = static_cast<delayed_event *>(event->context);
+            if (of(b->device).uploads_first) { // of its two queues, the one waits for the other: work until then is the same
+                recorded->synchronize();
+            }
+            recorded->hold_back(of(b->device).queue);
         };
         backend.device = &device;
     }
     delaying_device(const delaying_device &) = delete;
 
-    void   later(std::function<void()> job) { queue.push_back(std::move(job)); n_given++; }
-    size_t n_waiting() const { return n_given - n_done; }
-    void   work(size_t until) { // the first jobs, counted from the beginning
-        for (; n_done < std::min(until, n_given); ++n_done) {
-            queue[n_done]();
-        }
-    }
-
+    delayed_queue            queue;
     ggml_backend             backend = {};
     ggml_backend_buffer_type memory = {}, pinned = {};
 
@@ -117,12 +110,10 @@ private:
         for (int i = 0; i < n; ++i) {
             ggml_graph_add_node(kept->graph, kept->keep(ggml_graph_node(graph, i)));
         }
-        later([this, kept] { ggml_backend_graph_compute(cpu.get(), kept->graph); });
+        queue.later([this, kept] { ggml_backend_graph_compute(cpu.get(), kept->graph); });
         return GGML_STATUS_SUCCESS;
     }
 
-    ggml_backend_device                device = {};
-    ggml_backend_ptr                   cpu;
-    std::vector<std::function<void()>> queue;
-    size_t                             n_given = 0, n_done = 0;
+    ggml_backend_device device = {};
+    ggml_backend_ptr    cpu;
 };

@@ -1,18 +1,13 @@
-// The source of native/cuda/, run on a CPU (cuda_shim.h), against plain loops, and the portable graph against the same cases. No card is
-// asked for, and none is spoken for.
+// The kernels of native/cuda/, their own source run on a CPU (cuda_shim.h), against plain loops. No card is asked for, and none is spoken
+// for. How the engine uses them: test_scorers.cpp, test_cuda_engine.cpp.
 #include "check.h"
 #include "cuda_cases.h"
 
 #include "cuda/kernels.h"
 #include "policy/entropy.h"
-#include "scoring/scoring_graph.h"
-
-#include "ggml-cpp.h"
 
 #include <algorithm>
 #include <array>
-#include <map>
-#include <numeric>
 
 using namespace asrkf;
 
@@ -21,70 +16,36 @@ namespace {
 constexpr std::array<shim::order, 3> ORDERS = { shim::order::ascending, shim::order::descending, shim::order::uneven };
 
 struct on_card {
-    std::vector<float> mean, peak, missed;
+    std::vector<float> mean, peak, missed; // missed: of each head, layer by layer
     bool operator==(const on_card & o) const {
         const auto same = [](const std::vector<float> & a, const std::vector<float> & b) { return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size()*sizeof(float)) == 0); };
         return same(mean, o.mean) && same(peak, o.peak) && same(missed, o.missed);
     }
 };
 
-cuda::relevance_layer layer_of(const relevance_data & d, uint32_t i, on_card & out, std::vector<uint64_t> & scratch) {
+struct scratch_memory {
+    std::vector<uint64_t> bytes;
+    std::vector<uint32_t> finished;
+};
+
+cuda::relevance_layer layer_of(const relevance_data & d, uint32_t i, on_card & out, scratch_memory & scratch) {
     const relevance_case & c = d.c;
     const cuda::row_type type = c.type == GGML_TYPE_F16 ? cuda::row_type::f16 : c.type == GGML_TYPE_Q8_0 ? cuda::row_type::q8_0 : cuda::row_type::q4_0;
-    scratch.resize(cuda::relevance_scratch_bytes(c.n_head, c.n_head_kv, c.n_rows, c.n_queries)/sizeof(uint64_t) + 1, 0);
+    scratch.bytes.resize(cuda::relevance_scratch_bytes(c.n_head, c.n_rows, c.n_queries)/sizeof(uint64_t) + 1, UINT64_MAX);
+    scratch.finished.resize(c.n_head_kv, 0);
     const bool with_missed = !c.magnitude;
     return { type, d.index[i].data(), d.head_bytes(), d.ring[i].data(), d.scoring.data(), d.mask.data(), with_missed ? d.frozen.data() : nullptr, c.head, c.n_head, c.n_head_kv,
-        c.n_rows, c.n_queries, c.n_layers, d.scale(), c.soft_cap, c.magnitude, c.prompt_end, i == 0, out.mean.data(), out.peak.data(), with_missed ? out.missed.data() + 2*i : nullptr, scratch.data() };
+        c.n_rows, c.n_queries, c.n_layers, d.scale(), c.soft_cap, c.magnitude, c.prompt_end, i == 0, out.mean.data(), out.peak.data(), with_missed ? out.missed.data() + c.n_head*i : nullptr, scratch.bytes.data(), scratch.finished.data() };
 }
 
-on_card run(const relevance_data & d, std::vector<uint64_t> & scratch) {
-    on_card out = { std::vector<float>(d.c.n_rows, -7), std::vector<float>(d.c.n_rows, -7), std::vector<float>(d.c.magnitude ? 0 : 2*d.c.n_layers, -7) };
+on_card run(const relevance_data & d, scratch_memory & scratch) {
+    on_card out = { std::vector<float>(d.c.n_rows, -7), std::vector<float>(d.c.n_rows, -7), std::vector<float>(d.c.magnitude ? 0 : d.c.n_head*d.c.n_layers, -7) };
     for (uint32_t i = 0; i < d.c.n_layers; ++i) {
         const cuda::failure why = cuda::add_relevance(layer_of(d, i, out, scratch), nullptr);
         CHECK(why == nullptr);
     }
     return out;
 }
-
-// Index and rings of a case, as the portable graph has them on the CPU.
-struct on_cpu {
-    explicit on_cpu(const relevance_data & d) : backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)), kept(layers_of(d.c), d.c.n_rows, 1, n_ring(d), d.c.type,
-            d.c.magnitude ? SCORE_MAGNITUDE : SCORE_ATTENTION, d.c.soft_cap, false) {
-        const relevance_case & c = d.c;
-        ggml_init_params params = { 1024*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
-        ggml_context_ptr ctx(ggml_init(params));
-        const relevance::branch unused = kept.new_branch(ctx.get(), { 1, 1, 1 });
-        for (uint32_t i = 0; i < c.n_layers; ++i) { // building is how the scale becomes known
-            kept.build(ctx.get(), ggml_new_graph(ctx.get()), unused, i, ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.head, c.n_head, 1),
-                    ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c.head, c.n_head_kv, 1), d.scale());
-            std::vector<uint8_t> rows;
-            for (uint32_t kv = 0; kv < c.n_head_kv; ++kv) {
-                rows.insert(rows.end(), d.index[i].begin() + std::ptrdiff_t(kv*d.head_bytes()), d.index[i].begin() + std::ptrdiff_t(kv*d.head_bytes() + c.n_rows*d.row_bytes));
-            }
-            kept.set_rows(i, 0, c.n_rows, rows.data());
-            ggml_backend_tensor_set(kept.states()[i].ring, d.ring[i].data(), 0, d.ring[i].size()*sizeof(float));
-        }
-    }
-    static uint32_t n_ring(const relevance_data & d) { return uint32_t(d.ring[0].size() / (size_t(d.c.n_head)*d.c.head)); }
-    static std::vector<scoring_layer> layers_of(const relevance_case & c) {
-        return std::vector<scoring_layer>(c.n_layers, { 0, c.head, c.n_head, c.n_head_kv, ggml_backend_cpu_buffer_type() });
-    }
-    // Means, peaks, and what each head misses.
-    std::vector<float> run(const relevance_data & d) {
-        const scoring_shape shape = { d.c.n_rows, d.c.n_queries, d.c.prompt_end, d.c.n_sequences > 1 };
-        scoring_graphs graphs(kept, { shape }, false);
-        graphs.attach({ backend.get() });
-        graphs.prepare(shape);
-        const size_t n_scores = 2*size_t(d.c.n_rows);
-        std::vector<float> out(n_scores + (d.c.magnitude ? 0 : kept.n_heads()), -7);
-        CHECK(graphs.run({ d.scoring, d.mask, d.frozen }, out.data(), out.data() + n_scores));
-        ggml_backend_synchronize(backend.get());
-        return out;
-    }
-
-    ggml_backend_ptr backend;
-    relevance        kept;
-};
 
 } // namespace
 
@@ -94,7 +55,7 @@ TEST(cases, "every case gives what plain loops give, whatever the order in which
         const relevance_result expected = expected_of(d);
         std::vector<on_card>   found;
         for (const shim::order order : ORDERS) {
-            std::vector<uint64_t> scratch;
+            scratch_memory scratch;
             shim::thread_order = order;
             found.push_back(run(d, scratch));
         }
@@ -107,33 +68,9 @@ TEST(cases, "every case gives what plain loops give, whatever the order in which
     }
 }
 
-TEST(portable, "the portable graph gives what plain loops give for the same cases, as far as it rounds queries to the index's type") {
-    for (const relevance_case & c : relevance_cases()) {
-        if (c.blind || c.odd_key != 0 || (c.magnitude && c.n_sequences == 1)) {
-            continue; // no query may see nothing; which NaN wins is each backend's choice; such magnitudes are not masked
-        }
-        const relevance_data d(c);
-        const relevance_result expected = expected_of(d);
-        const std::vector<float> found = on_cpu(d).run(d);
-        const auto half = found.begin() + std::ptrdiff_t(c.n_rows), end = half + std::ptrdiff_t(c.n_rows);
-        std::vector<float> missed; // of each layer mean and worst, as the kernels have it
-        for (auto head = end; head != found.end(); head += std::ptrdiff_t(c.n_head)) {
-            missed.push_back(std::accumulate(head, head + std::ptrdiff_t(c.n_head), 0.0f) / float(c.n_head));
-            missed.push_back(*std::max_element(head, head + std::ptrdiff_t(c.n_head)));
-        }
-        const double worst = std::max({ difference(expected.mean, { found.begin(), half }), difference(expected.peak, { half, end }),
-            c.magnitude ? 0 : difference(expected.missed, missed) });
-        const double tolerance = c.type == GGML_TYPE_F16 ? 4e-3 : 3e-2;
-        if (!(worst < tolerance)) {
-            std::printf("%s: relative difference %g\n", c.what, worst);
-        }
-        CHECK(worst < tolerance);
-    }
-}
-
 TEST(launches, "a layer takes two launches, one for magnitudes; scratch serves layer after layer as the last left it") {
     const relevance_data d(relevance_cases()[4]);
-    std::vector<uint64_t> scratch;
+    scratch_memory scratch;
     const uint64_t before = shim::n_launches;
     const on_card first = run(d, scratch);
     CHECK(shim::n_launches - before == 2);
@@ -145,22 +82,22 @@ TEST(launches, "a layer takes two launches, one for magnitudes; scratch serves l
     CHECK(shim::n_launches - between == 1);
 }
 
-TEST(missed, "missed attention is 0 where nothing is frozen and 1 where all is, and the worst head's is no smaller than the mean") {
+TEST(missed, "a head misses nothing where nothing is frozen and all where all is") {
     relevance_data d(relevance_cases()[6]);
-    std::vector<uint64_t> scratch;
+    scratch_memory scratch;
     const on_card some = run(d, scratch);
-    CHECK(some.missed[0] > 0 && some.missed[1] > some.missed[0] && some.missed[1] < 1);
+    CHECK(some.missed.size() == d.c.n_head && std::all_of(some.missed.begin(), some.missed.end(), [](float x) { return x > 0 && x < 1; }));
     std::fill(d.frozen.begin(), d.frozen.end(), 0.0f);
-    CHECK(run(d, scratch).missed == std::vector<float>({ 0, 0 }));
+    CHECK(run(d, scratch).missed == std::vector<float>(d.c.n_head, 0));
     std::fill(d.frozen.begin(), d.frozen.end(), 1.0f);
     const on_card all = run(d, scratch);
-    CHECK(std::fabs(all.missed[0] - 1) < 1e-6f && std::fabs(all.missed[1] - 1) < 1e-6f);
+    CHECK(std::all_of(all.missed.begin(), all.missed.end(), [](float x) { return std::fabs(x - 1) < 1e-6f; }));
     CHECK(all.mean == some.mean && all.peak == some.peak); // what is frozen is scored as all else
 }
 
 TEST(refused, "what no kernel is there for is refused with a reason, and nothing is launched; a launch that fails is told") {
     const relevance_data d(relevance_cases()[1]);
-    std::vector<uint64_t> scratch;
+    scratch_memory scratch;
     on_card out = { std::vector<float>(d.c.n_rows), std::vector<float>(d.c.n_rows), std::vector<float>(2) };
     const uint64_t before = shim::n_launches;
     const auto refuses = [&](auto change) {

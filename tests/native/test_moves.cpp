@@ -146,7 +146,7 @@ struct delayed_groups {
 
     // As a graph of the model would, in the backend's queue.
     void overwrite(const std::vector<uint32_t> & cells) {
-        device.later([this, cells] {
+        device.queue.later([this, cells] {
             for (const auto & c : caches) {
                 forget(*c, cells);
             }
@@ -183,16 +183,16 @@ TEST(delayed, "on a device that works only when it is waited for, rows are gathe
             const auto before = g.bytes();
             g.mover->get(g.rows(cells));
             g.overwrite(cells);
-            CHECK(g.device.n_waiting() > 0 && g.bytes() == before);
+            CHECK(g.device.queue.n_waiting() > 0 && g.bytes() == before);
             CHECK(!g.hold_originals(cells, /*at_address*/ true)); // nobody has waited
             CHECK(g.hold_originals(cells, /*at_address*/ false));
-            CHECK(g.device.n_waiting() == 1 && g.bytes() == before); // for no more than that
+            CHECK(g.device.queue.n_waiting() == 1 && g.bytes() == before); // for no more than that
             g.mover->set(g.rows(cells));
             g.overwrite({ cells[0] });
             for (const auto & r : g.rows(cells)) { // the host's bytes may go at once
                 std::memset(r.host, 0xDD, g.mover->token_bytes(r.group));
             }
-            CHECK(g.bytes() != before || g.device.n_waiting() > 1);
+            CHECK(g.bytes() != before || g.device.queue.n_waiting() > 1);
             ggml_backend_synchronize(&g.device.backend);
             g.mover->get(g.rows({ cells.begin() + 1, cells.end() }));
             CHECK(g.hold_originals({ cells.begin() + 1, cells.end() }, false));
@@ -222,7 +222,7 @@ TEST(exchanged, "what leaves and what comes back cross in one decision, though n
                 back[i].cell = out[i % out.size()]; // into the cells that have just been left
             }
             g.mover->set(back);
-            CHECK(g.device.n_waiting() > 0);
+            CHECK(g.device.queue.n_waiting() > 0);
             CHECK(g.hold_originals(out, false));
             g.mover->get(g.rows(out)); // they hold the others' rows now
             g.mover->settle();
@@ -265,10 +265,10 @@ TEST(no_events, "a device without events is waited for at once") {
     g.make();
     const auto cells = some_cells(delayed_groups::N_CELLS, 1);
     g.mover->get(g.rows(cells));
-    CHECK(g.device.n_waiting() == 0);
+    CHECK(g.device.queue.n_waiting() == 0);
     CHECK(g.hold_originals(cells, false));
     g.mover->set(g.rows(cells));
-    CHECK(g.device.n_waiting() == 0);
+    CHECK(g.device.queue.n_waiting() == 0);
 }
 
 TEST(failing_graph, "a device that fails leaves nothing on its way, in any piece") {
@@ -301,7 +301,7 @@ TEST(dropped, "a mover that goes with rows on their way writes to no slot afterw
     delayed_groups g;
     g.make();
     g.mover->get(g.rows(some_cells(64, 1)));
-    CHECK(g.device.n_waiting() > 0);
+    CHECK(g.device.queue.n_waiting() > 0);
 } // its stores are freed without it
 
 TEST(pageable, "memory that cannot be pinned is noted, and works") {
