@@ -7,6 +7,8 @@
 
 namespace asrkf {
 
+thread_local bool makes_anew = false;
+
 std::string format(const char * fmt, ...) {
     va_list args;
     va_start(args, fmt);

@@ -29,6 +29,9 @@ template <typename Vector> void make_room(Vector & values, size_t n = 1) {
 
 std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 
+// For tests: what this thread keeps from one step to the next, because it changes little, is made anew each time.
+extern thread_local bool makes_anew;
+
 enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };
 enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
 enum state_kind { STATE_OWN = 0, STATE_UPSTREAM };

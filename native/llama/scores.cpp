@@ -116,48 +116,29 @@ void scores::prepare_scoring(side_step & step, bool prompt_end) {
     step.scores.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
     step.scores.prompt_end = prompt_end;
     step.scores.several    = step.scored.size() > 1;
-    std::vector<std::vector<llama_pos>> positions;
-    for (const uint32_t seq : step.scored) {
-        positions.push_back(tokens.positions_of(tokens.sequences[seq]));
-    }
+    prepared.scoring.clear();
     std::vector<scoring_query> queries;
-    for (size_t i = 0; i < step.scored.size(); ++i) {
-        const sequence & s = tokens.sequences[step.scored[i]];
+    std::vector<const seen_rows *> seen;
+    for (const uint32_t seq : step.scored) {
+        sequence & s = tokens.sequences[seq];
+        std::vector<const uint64_t *> active;
+        for (const uint32_t set : sets) {
+            active.push_back(groups[set].rules[seq].active_tokens().data());
+        }
+        s.seen.update(*tokens.index, s.records, active);
+        seen.push_back(&s.seen);
         const std::vector<int32_t> own = s.rings.scoring_rows(prompt_end);
-        step.scoring.scoring.insert(step.scoring.scoring.end(), own.begin(), own.end());
+        prepared.scoring.insert(prepared.scoring.end(), own.begin(), own.end());
         for (const int32_t pos : s.rings.positions(prompt_end)) {
-            queries.push_back({ pos, &s.records, &positions[i] });
+            queries.push_back({ &s.seen, groups.ranks_of(seq).lower_bound(int64_t(pos) + 1) });
         }
     }
-    step.scoring.mask   = scorer->mask_of(step.scores, *tokens.index, queries);
-    step.scoring.frozen = frozen_parts(step);
+    scorer->write_mask(step.scores, queries, prepared.mask);
+    if (scorer->kind == SCORE_ATTENTION) {
+        seen_rows::write_frozen(seen, sets.size(), step.scores.n_scored, prepared.frozen);
+    }
     attach();
     devices->prepare(step.scores);
-}
-
-// Of each index row, in each set: the part of its tokens that is out of this step's attention. Of a token that sequences share
-// it is the part of those that score.
-std::vector<float> scores::frozen_parts(const side_step & step) const {
-    if (scorer->kind != SCORE_ATTENTION) {
-        return {};
-    }
-    const uint32_t n_scored = step.scores.n_scored;
-    std::vector<float> parts(size_t(n_scored)*sets.size(), 0), seen(n_scored, 0);
-    for (const uint32_t seq : step.scored) {
-        for (const uint32_t id : tokens.sequences[seq].records) {
-            const uint32_t row = (*tokens.index)[id];
-            seen[row] += 1;
-            for (size_t i = 0; i < sets.size(); ++i) {
-                const group & g = groups[sets[i]];
-                const int32_t cell = g.places[id].cell;
-                parts[i*n_scored + row] += cell < 0 || !g.cache->is_active(uint32_t(cell), seq);
-            }
-        }
-    }
-    for (size_t i = 0; i < parts.size(); ++i) {
-        parts[i] /= std::max(1.0f, seen[i % n_scored]);
-    }
-    return parts;
 }
 
 void scores::attach() {
@@ -184,11 +165,11 @@ void scores::set_input(const side_step & step, const relevance::branch & branch)
     set(branch.query_rows, step.query_rows);
 }
 
-void scores::run(side_step & step) {
+void scores::run(const side_step & step) {
     if (step.scored.empty()) {
         return;
     }
-    running   = std::move(step.scoring);
+    std::swap(running, prepared);
     n_arrived = step.scores.n_scored;
     auto * out_missed = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
     pending = step.scored;

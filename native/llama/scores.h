@@ -26,7 +26,6 @@ struct side_step {
     relevance::written    written;    // index rows
     std::vector<uint32_t> scored;     // the sequences whose queries score, and
     scoring_shape         scores;
-    scoring_inputs        scoring;    // where their queries are, and what they see
 };
 
 // The index and the branch of these layers. sets gets their groups.
@@ -67,7 +66,7 @@ public:
     void set_input(const side_step & step, const relevance::branch & branch);
     // The step's graph has been queued: queue its scoring, if it scores. Where a device fails the step goes without scores, and
     // says so.
-    void run(side_step & step);
+    void run(const side_step & step);
     // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
     // sequences share has what they all want of it.
     void fold_in();
@@ -83,7 +82,6 @@ public:
 
 private:
     void prepare_scoring(side_step & step, bool prompt_end);
-    std::vector<float> frozen_parts(const side_step & step) const;
     void attach();
     bool await();
     void give_up(const std::exception & why);
@@ -95,7 +93,7 @@ private:
     transfers &                moves;
     counters &                 counted;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
-    scoring_inputs             running;            // what a run reads, until it is over
+    scoring_inputs             prepared, running;  // of the next run; and what a run reads, until it is over
     ggml_backend_buffer_ptr    arrived;            // what heads miss; of each device means, then peaks, [n_arrived] each: never moved, it may still be written
     std::unique_ptr<device_scorers> devices;       // as `scorer`; dies before what its last run reads and writes
     std::vector<uint32_t>      sets;               // the groups of scoring layers

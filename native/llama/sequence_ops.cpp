@@ -26,6 +26,7 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
         }
     }
     s.records.erase(s.records.begin() + begin, s.records.begin() + end);
+    s.seen.clear();
     groups.ranks_of(seq).erase(begin, end);
     if (s.records.empty()) {
         groups.ranks_of(seq).clear();

@@ -52,6 +52,7 @@ void shifts::own_shared(sequence & s, uint32_t begin, uint32_t end) {
         }
     }
     const std::vector<uint32_t> own = shared.empty() ? shared : sequences.clone(shared);
+    s.seen.clear();
     for (size_t n = 0; n < shared.size(); ++n) {
         tokens.records[shared[n]].users.reset(s.id);
         tokens.records[own[n]].users.set(s.id);
@@ -98,6 +99,7 @@ void shifts::reorder(sequence & s) {
         sorted.push_back(s.records[i]);
     }
     s.records = sorted;
+    s.seen.clear();
     groups.ranks_of(s.id).reorder(order);
     for (group & g : groups) {
         g.rules[s.id].reorder(order);

@@ -25,14 +25,6 @@ sequence & token_table::named(int32_t seq_id) {
     return sequences[size_t(seq_id)];
 }
 
-std::vector<llama_pos> token_table::positions_of(const sequence & s) const {
-    std::vector<llama_pos> positions;
-    for (const uint32_t id : s.records) {
-        positions.push_back(records[id].pos);
-    }
-    return positions;
-}
-
 uint32_t token_table::lower_bound(const sequence & s, llama_pos pos) const {
     return uint32_t(std::lower_bound(s.records.begin(), s.records.end(), pos, [&](uint32_t id, llama_pos p) { return records[id].pos < p; }) - s.records.begin());
 }
@@ -109,6 +101,7 @@ uint32_t token_table::insert(sequence & s, uint32_t id) {
     uint32_t i = s.n_tokens();
     if (i > 0 && records[s.records.back()].pos > pos) {
         i = lower_bound(s, pos + 1);
+        s.seen.clear();
     }
     s.records.insert(s.records.begin() + i, id);
     records[id].users.set(s.id);

@@ -8,8 +8,8 @@
 #include "llama/groups.h"
 #include "policy/entropy.h"
 #include "policy/occasions.h"
-#include "scoring/index_rows.h"
 #include "scoring/query_rings.h"
+#include "scoring/seen_rows.h"
 
 #include <memory>
 
@@ -29,6 +29,7 @@ struct sequence {
     const uint32_t        id;
     std::vector<uint32_t> records;         // by token, in order of position
     query_rings           rings;
+    seen_rows             seen;            // of the index, at its last scoring: cleared where tokens get other numbers or records
     recovery_trigger      trigger;
     occasions             why;
     ranges                pinned;
@@ -48,7 +49,6 @@ public:
     bool      has(int32_t seq_id) const { return seq_id >= 0 && uint32_t(seq_id) < sequences.size() && sequences[size_t(seq_id)].n_tokens() > 0; }
     llama_pos pos_min(const sequence & s) const { return s.records.empty() ? -1 : records[s.records.front()].pos; }
     llama_pos pos_max(const sequence & s) const { return s.records.empty() ? -1 : records[s.records.back()].pos; }
-    std::vector<llama_pos> positions_of(const sequence & s) const;
     // The first token of the sequence at pos or later.
     uint32_t lower_bound(const sequence & s, llama_pos pos) const;
     // Tokens [first, second) at positions [p0, p1), p1 < 0: to the end. Throws error(ASRKF_INVALID_ARGUMENT).

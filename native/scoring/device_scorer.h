@@ -15,7 +15,7 @@ namespace asrkf {
 // What a run reads.
 struct scoring_inputs {
     std::vector<int32_t> scoring; // rows of the rings that score
-    std::vector<float>   mask;    // as relevance::mask_of() has it
+    std::vector<float>   mask;    // as relevance::write_mask() has it
     std::vector<float>   frozen;  // [n_scored, n_sets]: part of a row's tokens that is; empty for magnitudes, which are no probabilities
 };
 

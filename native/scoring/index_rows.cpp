@@ -21,20 +21,16 @@ void index_rows::append(uint32_t record, int64_t after) {
         rows[record] = after >= 0 ? rows[size_t(after)] : uint32_t(std::min_element(counts.begin(), counts.end()) - counts.begin());
     }
     counts[rows[record]]++;
+    end = std::max(end, rows[record] + 1);
 }
 
 void index_rows::release(uint32_t record) {
     if (--counts[rows[record]] == 0) {
         free_rows.push_back(rows[record]);
     }
-}
-
-uint32_t index_rows::n_used() const {
-    uint32_t n = uint32_t(counts.size());
-    while (n > 0 && counts[n - 1] == 0) {
-        n--;
+    while (end > 0 && counts[end - 1] == 0) {
+        end--;
     }
-    return n;
 }
 
 } // namespace asrkf

@@ -18,7 +18,7 @@ public:
     void     release(uint32_t record);
     uint32_t operator[](uint32_t record) const { return rows[record]; }
     uint32_t tokens_of(uint32_t row) const { return counts[row]; }
-    uint32_t n_used() const; // rows from 0 on that hold all tokens
+    uint32_t n_used() const { return end; } // rows from 0 on that hold all tokens
 
     const uint32_t tokens_per_row;
 
@@ -26,6 +26,7 @@ private:
     std::vector<uint32_t> rows;      // by record
     std::vector<uint32_t> counts;    // by row: its tokens
     std::vector<uint32_t> free_rows; // the last is taken first
+    uint32_t              end = 0;   // behind the last row that has tokens
 };
 
 } // namespace asrkf

@@ -132,34 +132,21 @@ relevance::written relevance::written_by(const branch_shape & shape, const index
     return w;
 }
 
-std::vector<float> relevance::mask_of(const scoring_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const {
-    if (!has_mask(shape)) {
-        return {};
-    }
-    const uint32_t n_scored = shape.n_scored;
-    std::vector<float> mask(size_t(n_scored)*queries.size(), 0);
-    for (size_t q = 0; q < queries.size(); ++q) {
-        float * seen = mask.data() + q*n_scored;
-        const auto & [pos, records, positions] = queries[q];
-        for (size_t i = 0; i < records->size() && (kind == SCORE_MAGNITUDE || (*positions)[i] <= pos); ++i) {
-            const uint32_t row = index[(*records)[i]];
-            if (row < n_scored) {
-                seen[row] += 1;
+void relevance::write_mask(const scoring_shape & shape, const std::vector<scoring_query> & queries, std::vector<float> & mask) const {
+    const uint32_t n = shape.n_scored;
+    mask.resize(has_mask(shape) ? n*queries.size() : 0);
+    for (size_t q = 0; q < queries.size() && !mask.empty(); ++q) {
+        float * seen = mask.data() + q*n;
+        seen_rows & own = *queries[q].sequence;
+        if (kind == SCORE_ATTENTION) {
+            own.write_mask(queries[q].n_tokens, seen, n);
+            seen[own.first_row()] = std::max(seen[own.first_row()], 0.0f); // also of a query that is gone: a row must not be empty
+        } else {
+            for (uint32_t row = 0; row < n; ++row) {
+                seen[row] = own.has(row);
             }
         }
-        for (uint32_t row = 0; row < n_scored; ++row) {
-            if (kind == SCORE_MAGNITUDE) {
-                seen[row] = seen[row] > 0;
-            } else {
-                seen[row] = seen[row] == 1 ? 0 : std::log(seen[row]); // log(0) is -inf
-            }
-        }
-        if (kind == SCORE_ATTENTION) { // a query that is gone sees the first token: a row must not be empty
-            float & first = seen[std::min(n_scored - 1, index[records->front()])];
-            first = std::max(first, 0.0f);
-        }
     }
-    return mask;
 }
 
 void relevance::set_written(const branch & b, const written & w) const {

@@ -14,7 +14,7 @@
 #pragma once
 
 #include "common.h"
-#include "scoring/index_rows.h"
+#include "scoring/seen_rows.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -34,11 +34,10 @@ struct scoring_layer {
     uint32_t                   set = 0; // layers of one set have the same tokens frozen
 };
 
-// A query that scores, and the sequence that it sees: positions ascend.
+// A query that scores: it sees the first n_tokens of its sequence, none if it is gone.
 struct scoring_query {
-    int32_t                       pos; // -1: it is gone
-    const std::vector<uint32_t> * records;
-    const std::vector<int32_t>  * positions;
+    seen_rows * sequence;
+    uint32_t    n_tokens;
 };
 
 // The shape of what one graph of the model writes.
@@ -89,16 +88,16 @@ public:
         ggml_tensor * query_rows = nullptr;  // I64 [n_kept]: their rows in the rings
     };
     branch new_branch(ggml_context * ctx, const branch_shape & shape) const;
-    // What a branch of this shape writes for these records, one for each of the step's tokens; and what scoring masks, empty if it
-    // masks nothing. Made before the step is computed: what runs out of memory must do so where the step can still be refused.
+    // What a branch of this shape writes for these records, one for each of the step's tokens; and what scoring masks, nothing
+    // if it masks nothing. Made before the step is computed: what runs out of memory must do so where the step can still be refused.
     struct written {
         std::vector<int64_t> rows;      // as the branch's inputs of these names
         std::vector<int32_t> read_rows;
         std::vector<float>   keep;
         std::vector<float>   weights;
     };
-    written            written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const;
-    std::vector<float> mask_of(const scoring_shape & shape, const index_rows & index, const std::vector<scoring_query> & queries) const;
+    written written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const;
+    void    write_mask(const scoring_shape & shape, const std::vector<scoring_query> & queries, std::vector<float> & mask) const;
     void set_written(const branch & b, const written & w) const;
 
     // Add scoring layer i to a graph: q [head, n_head, n_tokens] and k [head, n_head_kv, n_tokens] of this step, as the cache

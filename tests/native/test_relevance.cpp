@@ -220,6 +220,7 @@ void compare_means(bool cut) {
     index_rows index(N_ROWS, PER_ROW);
     query_rings rings(1, 0);
     std::vector<uint32_t> records; // by token: numbers in no order
+    seen_rows seen;
     std::vector<std::vector<float>> keys; // by token
     std::vector<std::vector<double>> stored(N_ROWS, std::vector<double>(HEAD, 0)); // by row, as relevance.cpp says
     std::vector<int32_t> positions;
@@ -272,8 +273,10 @@ void compare_means(bool cut) {
         branch_of.set_written(b, branch_of.written_by(b.shape, index, std::vector<uint32_t>(records.begin() + begin, records.end())));
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
-        const scoring_inputs in = { rings.scoring_rows(false),
-            branch_of.mask_of(shape, index, { { rings.positions(false)[0], &records, &positions } }), std::vector<float>(N_ROWS, 1) };
+        seen.update(index, records, {});
+        scoring_inputs in = { rings.scoring_rows(false), {}, std::vector<float>(N_ROWS, 1) };
+        CHECK(rings.positions(false)[0] == positions.back());
+        branch_of.write_mask(shape, { { &seen, uint32_t(records.size()) } }, in.mask);
         std::vector<float> found(2*N_ROWS);
         float missed = 0;
         scorers.prepare(shape);
@@ -329,6 +332,7 @@ void compare_means(bool cut) {
             index.release(records[i]);
         }
         records.resize(135);
+        seen.clear();
         keys.resize(135);
         positions.resize(135);
         CHECK(index.tokens_of(index[records[134]]) == 7 && index.n_used() == 9);
@@ -387,6 +391,138 @@ TEST(rings, "steps keep a few queries from all over them, and a prompt's end the
     query_rings second(4, 36); // appends what is another sequence's, in rows of its own
     second.keep({ 7 }, tokens, rows);
     CHECK((rows == std::vector<int64_t>{ 0, 1, 4, 5, 36, 40 }) && (second.scoring_rows(false) == std::vector<int32_t>{ 36, 37, 38, 39 }));
+}
+
+namespace {
+
+// A sequence's tokens in the index, counted from the beginning for each question.
+struct counted_rows {
+    const index_rows & index;
+    const std::vector<uint32_t> & records;
+
+    std::vector<float> mask(uint32_t n_tokens, uint32_t n_rows) const {
+        std::vector<float> result(n_rows, 0);
+        for (uint32_t i = 0; i < n_tokens; ++i) {
+            result[index[records[i]]]++;
+        }
+        for (float & x : result) {
+            x = std::log(x);
+        }
+        return result;
+    }
+    void add(const std::vector<uint64_t> & active, std::vector<float> & frozen, std::vector<float> & all) const {
+        for (uint32_t i = 0; i < records.size(); ++i) {
+            all[index[records[i]]]++;
+            frozen[index[records[i]]] += !(active[i / 64] >> (i % 64) & 1);
+        }
+    }
+};
+
+// Two sequences that share tokens grow, freeze and restore, are cut back, and copy from each other.
+void compare_seen(uint32_t tokens_per_row, uint32_t seed) {
+    constexpr uint32_t N_SETS = 3, N_MOST = 700;
+    std::mt19937 random(seed);
+    index_rows index(N_MOST / tokens_per_row, tokens_per_row); // with means rows run out, and are shared
+    struct { std::vector<uint32_t> records; std::vector<std::vector<uint64_t>> active; seen_rows seen; } both[2];
+    std::vector<uint32_t> users(4*N_MOST, 0), free_records;
+    for (uint32_t id = 0; id < users.size(); ++id) {
+        free_records.push_back(id);
+    }
+    for (auto & s : both) {
+        s.active.assign(N_SETS, std::vector<uint64_t>(N_MOST / 64 + 1, 0));
+    }
+    const auto put = [](std::vector<uint64_t> & set, size_t i, bool in) { set[i / 64] = (set[i / 64] & ~(uint64_t(1) << (i % 64))) | uint64_t(in) << (i % 64); };
+    const auto append = [&](auto & s, uint32_t id) {
+        users[id]++;
+        s.records.push_back(id);
+        for (auto & set : s.active) {
+            put(set, s.records.size() - 1, random() % 8 != 0);
+        }
+    };
+    const auto cut = [&](auto & s, size_t begin, size_t end) {
+        for (size_t i = begin; i < end; ++i) {
+            if (--users[s.records[i]] == 0) {
+                index.release(s.records[i]);
+                free_records.push_back(s.records[i]);
+            }
+        }
+        s.records.erase(s.records.begin() + std::ptrdiff_t(begin), s.records.begin() + std::ptrdiff_t(end));
+        s.seen.clear();
+    };
+    for (int round = 0; round < 400; ++round) {
+        auto & s = both[random() % 2], & other = both[&s == &both[0]];
+        for (uint32_t n = random() % 30; n > 0 && s.records.size() + other.records.size() < N_MOST / 2; --n) {
+            const uint32_t id = free_records.back();
+            free_records.pop_back();
+            index.append(id, s.records.empty() || users[s.records.back()] > 1 ? -1 : int64_t(s.records.back()));
+            append(s, id);
+        }
+        for (uint32_t n = random() % 40; n > 0 && !s.records.empty(); --n) {
+            put(s.active[random() % N_SETS], random() % s.records.size(), random() % 2);
+        }
+        const size_t size = s.records.size(), at = size ? random() % size : 0;
+        switch (random() % 12) {
+            case 0: cut(s, at, size); break;
+            case 1: cut(s, at, std::min(size, at + random() % 40)); break;
+            case 2:
+                cut(s, 0, size);
+                for (size_t i = 0; i < other.records.size() && s.records.size() + other.records.size() < N_MOST / 2; ++i) {
+                    append(s, other.records[i]);
+                }
+                break;
+            default: break;
+        }
+        uint32_t n_used = 0;
+        for (uint32_t row = 0; row < N_MOST / tokens_per_row; ++row) {
+            n_used = index.tokens_of(row) > 0 ? row + 1 : n_used;
+        }
+        CHECK(index.n_used() == n_used);
+        const uint32_t n_rows = N_MOST / tokens_per_row;
+        std::vector<const seen_rows *> scored;
+        for (auto & each : both) {
+            if (each.records.empty() || (scored.empty() && random() % 2)) {
+                continue;
+            }
+            std::vector<const uint64_t *> active;
+            for (const auto & set : each.active) {
+                active.push_back(set.data());
+            }
+            each.seen.update(index, each.records, active);
+            scored.push_back(&each.seen);
+            const uint32_t n_tokens = uint32_t(each.records.size()) - random() % std::min<uint32_t>(5, uint32_t(each.records.size()));
+            for (const uint32_t n : { n_tokens, uint32_t(each.records.size()), 0u }) {
+                std::vector<float> mask(n_rows, 1);
+                each.seen.write_mask(n, mask.data(), n_rows);
+                CHECK(mask == (counted_rows{ index, each.records }.mask(n, n_rows)));
+            }
+        }
+        if (scored.empty()) {
+            continue;
+        }
+        std::vector<float> parts;
+        seen_rows::write_frozen(scored, N_SETS, n_rows, parts);
+        for (uint32_t set = 0; set < N_SETS; ++set) {
+            std::vector<float> frozen(n_rows, 0), all(n_rows, 0);
+            for (const auto & each : both) {
+                if (std::find(scored.begin(), scored.end(), &each.seen) != scored.end()) {
+                    counted_rows{ index, each.records }.add(each.active[set], frozen, all);
+                }
+            }
+            for (uint32_t row = 0; row < n_rows; ++row) {
+                CHECK(parts[set*n_rows + row] == frozen[row] / std::max(1.0f, all[row]));
+            }
+        }
+    }
+}
+
+} // namespace
+
+TEST(seen, "what is kept of the index from one scoring to the next is what a new count finds, after cuts and copies, too") {
+    std::printf("     seeds 1 to 10\n");
+    for (uint32_t seed = 1; seed <= 10; ++seed) {
+        compare_seen(1, seed);
+        compare_seen(16, seed);
+    }
 }
 
 TEST(rows_in_turn, "blocks are filled in turn, rows are given back, and where none is free another takes more") {
