@@ -53,6 +53,10 @@ void group_context::set_slot(llama_kv_cache::slot_info slot, bool overflows) {
     n_kv          = overflows ? kv->get_size() : kv->get_n_kv(sinfos[i_cur]);
 }
 
+void group_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {
+    static_cast<const group_cache &>(*kv).write_mask(dst, *ubatch, sinfos[i_cur], causal_attn);
+}
+
 void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
     whole.build_side_branch_of(res, gf, q, k_cur, kq_scale, il);
 }

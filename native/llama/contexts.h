@@ -17,6 +17,7 @@ public:
     group_context(const memory_context & whole, group & g) : llama_kv_cache_context(g.cache.get()), whole(whole) {} // the worst case
 
     void set_slot(llama_kv_cache::slot_info slot, bool overflows); // found when the step is placed
+    void set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const override;
     void build_side_branch(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const override;
 
 protected:

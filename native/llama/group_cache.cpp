@@ -7,7 +7,9 @@
 #include "llama-model.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <cstring>
 
 namespace asrkf {
 
@@ -36,12 +38,19 @@ uint32_t group_cache::n_used() const {
     return n;
 }
 
+std::vector<token_set> group_cache::none(uint32_t n) const {
+    token_set cells;
+    cells.assign(get_size());
+    return std::vector<token_set>(n, cells);
+}
+
 bool group_cache::take_out(uint32_t cell, uint32_t seq) {
     const uint32_t stream = cell / get_size(), i = cell % get_size();
+    active[seq].put(i, false);
     if (!v_cells[stream].seq_rm(i, llama_seq_id(seq))) {
         return false;
     }
-    v_heads[stream] = std::min(v_heads[stream], i); // the lowest free cell is used first: attention costs up to the highest
+    taken[stream].put(i, false);
     return true;
 }
 
@@ -50,6 +59,12 @@ void group_cache::put_in(uint32_t cell, llama_pos pos, llama_token token) {
     ext.tok = token;
     v_cells[cell / get_size()].pos_set(cell % get_size(), pos);
     v_cells[cell / get_size()].ext_set(cell % get_size(), ext);
+    taken[cell / get_size()].put(cell % get_size(), true);
+}
+
+void group_cache::activate(uint32_t cell, uint32_t seq) {
+    v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq));
+    active[seq].put(cell % get_size(), true);
 }
 
 void group_cache::move_to(uint32_t cell, llama_pos pos) {
@@ -67,22 +82,24 @@ void group_cache::move_to(uint32_t cell, llama_pos pos) {
     }
 }
 
+void group_cache::clear(bool data) {
+    llama_kv_cache::clear(data);
+    taken  = none(n_stream);
+    active = none(n_seq_max);
+}
+
 std::vector<uint32_t> group_cache::free_cells(size_t n, uint32_t seq) const {
     std::vector<uint32_t> result;
     const uint32_t first = stream_of(seq)*get_size();
-    const auto & cells = v_cells[seq_to_stream[seq]];
-    for (uint32_t i = 0; i < cells.size() && result.size() < n; ++i) {
-        if (cells.is_empty(i)) {
-            result.push_back(first + i);
-        }
+    const token_set & cells = taken[stream_of(seq)];
+    for (uint32_t w = 0; w < cells.n_words() && result.size() < n; ++w) {
+        token_set::each(w, ~cells.word(w) & token_set::within(w, 0, cells.size()), [&](uint32_t i) { result.push_back(first + i); });
     }
+    result.resize(std::min(n, result.size()));
     return result;
 }
 
 llama_kv_cache::slot_info group_cache::find_free(const llama_ubatch & ubatch) const {
-    if (swa_type == LLAMA_SWA_TYPE_NONE) {
-        return find_slot(ubatch, false);
-    }
     const uint32_t n_seqs = n_stream > 1 ? ubatch.n_seqs_unq : 1, n = ubatch.n_tokens / n_seqs;
     slot_info slot = { LLAMA_MAX_SEQ, 0, {}, {} };
     for (uint32_t i = 0; i < n_seqs; ++i) {
@@ -99,6 +116,51 @@ llama_kv_cache::slot_info group_cache::find_free(const llama_ubatch & ubatch) co
         }
     }
     return slot;
+}
+
+void group_cache::apply(const slot_info & slot, const llama_ubatch & ubatch) {
+    apply_ubatch(slot, ubatch);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const uint32_t cell = cell_at(slot, i);
+        taken[cell / get_size()].put(cell % get_size(), true);
+        for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
+            active[size_t(ubatch.seq_id[i][s])].put(cell % get_size(), true);
+        }
+    }
+}
+
+// What a sequence has active comes before the step's tokens, but for these.
+void group_cache::write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const {
+    if (makes_anew || !causal || mask->type != GGML_TYPE_F16 || swa_type != LLAMA_SWA_TYPE_NONE || hparams.use_alibi || ubatch.is_pos_2d()) {
+        return set_input_kq_mask(mask, &ubatch, causal);
+    }
+    static const ggml_fp16_t masked = ggml_fp32_to_fp16(-INFINITY);
+    static const auto masks = [] { // of eight cells, by their bits
+        std::array<std::array<ggml_fp16_t, 8>, 256> made;
+        for (size_t bits = 0; bits < made.size(); ++bits) {
+            for (size_t i = 0; i < 8; ++i) {
+                made[bits][i] = bits >> i & 1 ? 0 : masked;
+            }
+        }
+        return made;
+    }();
+    std::vector<uint32_t> cells;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        cells.push_back(cell_at(slot, i));
+    }
+    const uint32_t n_kv = uint32_t(mask->ne[0]);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const uint32_t seq = uint32_t(ubatch.seq_id[i][0]), first = stream_of(seq)*get_size();
+        auto * row = static_cast<ggml_fp16_t *>(mask->data) + size_t(i)*n_kv;
+        for (uint32_t cell = 0; cell < n_kv; cell += 8) {
+            std::memcpy(row + cell, masks[active[seq].word(cell / 64) >> (cell % 64) & 255].data(), sizeof(masks[0]));
+        }
+        for (uint32_t later = 0; later < ubatch.n_tokens; ++later) {
+            if (ubatch.pos[later] > ubatch.pos[i] && cells[later] - first < n_kv) { // and of its stream
+                row[cells[later] - first] = masked;
+            }
+        }
+    }
 }
 
 void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const {

@@ -2,6 +2,8 @@
 // llama_kv_cache and private upstream is used here and nowhere else.
 #pragma once
 
+#include "policy/token_set.h"
+
 #include "llama-kv-cache.h"
 
 #include "ggml-backend.h"
@@ -27,23 +29,35 @@ public:
     uint32_t stream_of(uint32_t seq) const { return seq_to_stream[seq]; }
     uint32_t cell_at(const slot_info & slot, uint32_t i) const { return slot.strm[i / slot.size()]*get_size() + slot.idxs[i / slot.size()][i % slot.size()]; }
 
-    bool     is_active(uint32_t cell, uint32_t seq) const { return v_cells[cell / get_size()].seq_has(cell % get_size(), llama_seq_id(seq)); }
+    bool     is_active(uint32_t cell, uint32_t seq) const { return active[seq].has(cell % get_size()); }
     uint32_t n_active(uint32_t cell) const { return uint32_t(v_cells[cell / get_size()].seq_count(cell % get_size())); }
 
     // Out of a sequence's attention; true if no other has it active, so that the cell is free.
     bool take_out(uint32_t cell, uint32_t seq);
     void put_in(uint32_t cell, llama_pos pos, llama_token token);
-    void activate(uint32_t cell, uint32_t seq) { v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq)); }
+    void activate(uint32_t cell, uint32_t seq);
     void move_to(uint32_t cell, llama_pos pos); // the row has been rotated already: see rotate()
 
-    // n free cells where this sequence may have them, or fewer.
+    void clear(bool data) override;
+
+    // n free cells where this sequence may have them, or fewer: the lowest, as attention costs up to the highest.
     std::vector<uint32_t> free_cells(size_t n, uint32_t seq) const;
-    // find_slot(), but never a cell that is taken: with a sliding window that one gives away what is masked.
+    // A slot of such cells; none if there are too few. find_slot() looks at cell after cell.
     slot_info find_free(const llama_ubatch & ubatch) const;
+    void      apply(const slot_info & slot, const llama_ubatch & ubatch);
+    // set_input_kq_mask() of a step that is in this slot, from what each sequence has active: that one asks every cell.
+    void      write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const;
 
     // Rows [n] of layer il's K, as stored, to other positions: upstream's own K-shift (llama_kv_cache::build_graph_shift), on
     // the host, since most of them may be there. Throws error(ASRKF_MOVE_FAILED or ASRKF_INTERNAL).
     void rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
+
+private:
+    std::vector<token_set> none(uint32_t n) const;
+
+    // What the cells say, too, for questions about all of them: which are taken, by stream, and which a sequence has active.
+    std::vector<token_set> taken  = none(n_stream);
+    std::vector<token_set> active = none(n_seq_max);
 };
 
 } // namespace asrkf

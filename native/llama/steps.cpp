@@ -302,7 +302,7 @@ void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, p
     }
     for (uint32_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
-        g.cache->apply_ubatch(step.slots[ig], ubatch);
+        g.cache->apply(step.slots[ig], ubatch);
         for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
             g.places[ids[i]] = { int32_t(g.cache->cell_at(step.slots[ig], i)), -1 };
         }

@@ -105,12 +105,12 @@ void transfers::freeze(group & g, uint32_t seq, const std::vector<uint32_t> & ch
 
 transfers::fetched transfers::find_cells(const group & g, const wanted_tokens & wanted) const {
     fetched result;
-    std::unordered_set<uint32_t> taken;
+    std::unordered_set<uint32_t> taken; // by another sequence before
     for (const auto & [seq, chosen] : wanted) {
         const size_t before = result.ids.size();
         for (const uint32_t t : chosen) {
             const uint32_t id = tokens.sequences[seq].records[t];
-            if (g.places[id].cell < 0 && taken.insert(id).second) {
+            if (g.places[id].cell < 0 && (wanted.size() == 1 || taken.insert(id).second)) {
                 result.ids.push_back(id);
             }
         }

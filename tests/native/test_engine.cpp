@@ -1208,6 +1208,85 @@ TEST(policy_state, "a state carries scores and timers: what was active is active
     llama_free(ctx);
 }
 
+namespace {
+
+// All that a random history shows: logits, what attention missed, and in the end who is frozen.
+std::vector<float> trail(const char * policy, options o, uint32_t seed, bool makes_anew) {
+    asrkf::makes_anew = makes_anew;
+    std::mt19937 random(seed);
+    std::vector<float> seen;
+    llama_context * ctx = make_context(policy, o);
+    llama_memory_t mem = llama_get_memory(ctx);
+    const int32_t n_ctx_seq = int32_t(o.n_ctx) / int32_t(o.n_seq);
+    for (int i = 0; i < 500; ++i) {
+        const llama_seq_id seq = llama_seq_id(random() % o.n_seq), next = llama_seq_id((uint32_t(seq) + 1) % o.n_seq);
+        const llama_pos end = llama_memory_seq_pos_max(mem, seq) + 1;
+        const uint32_t what = random() % 100, where = random();
+        const llama_pos p0 = end > 0 ? llama_pos(where % uint32_t(end)) : 0, p1 = std::min(end, p0 + 1 + llama_pos(where / 4096 % 50));
+        if (what < 80) {
+            std::vector<llama_seq_id> seqs;
+            const int n = what < 60 ? 1 : 1 + int(where % 40);
+            for (uint32_t q = 0; q < o.n_seq; ++q) {
+                if (llama_memory_seq_pos_max(mem, llama_seq_id(q)) + n >= n_ctx_seq) {
+                    llama_memory_seq_rm(mem, llama_seq_id(q), n_ctx_seq*3/4, -1);
+                }
+                if (llama_seq_id(q) == seq || where >> q & 1) {
+                    seqs.push_back(llama_seq_id(q));
+                }
+            }
+            CHECK(extend(ctx, seqs, n, where) == 0);
+            for (size_t j = 0; j < seqs.size(); ++j) {
+                const std::vector<float> logits = logits_of(ctx, -1 - int32_t(j));
+                seen.insert(seen.end(), logits.begin(), logits.end());
+            }
+        } else if (what < 84) {
+            llama_memory_seq_rm(mem, seq, std::max(p0, end - 30), -1);
+        } else if (what < 88 && end > 0) {
+            llama_memory_seq_rm(mem, seq, p0, p1);
+            llama_memory_seq_add(mem, seq, p1, -1, p0 - p1);
+        } else if (what < 91 && next != seq) {
+            llama_memory_seq_rm(mem, next, -1, -1);
+            llama_memory_seq_cp(mem, seq, next, -1, -1);
+        } else if (what < 94 && end > 0) {
+            std::vector<uint8_t> state(llama_state_seq_get_size(ctx, seq));
+            CHECK(llama_state_seq_get_data(ctx, state.data(), state.size(), seq) == state.size());
+            CHECK(llama_state_seq_set_data(ctx, state.data(), state.size(), next) == state.size());
+        } else if (what < 97) {
+            asrkf_freeze(ctx, seq, p0, p1, nullptr);
+        } else {
+            asrkf_restore(ctx, seq, p0, p1, nullptr);
+        }
+        const asrkf_stats s = stats_of(ctx);
+        seen.insert(seen.end(), { s.missed_attention_ratio, s.missed_attention_worst_ratio, float(s.freezes_total), float(s.n_sequences) });
+    }
+    CHECK(stats_of(ctx).freezes_total > 100 && stats_of(ctx).scoring_steps_total > 20);
+    for (uint32_t q = 0; q < o.n_seq; ++q) {
+        for (const uint8_t state : states_of(ctx, int(q))) {
+            seen.push_back(state);
+        }
+    }
+    llama_free(ctx);
+    asrkf::makes_anew = false;
+    return seen;
+}
+
+} // namespace
+
+TEST(kept, "masks and counts that are kept from step to step are those that are made anew: a history shows no difference") {
+    options several;
+    several.n_seq = 3;
+    several.n_ctx = 3072;
+    for (const bool unified : { true, false }) {
+        several.unified = unified;
+        for (const char * policy : { "asrkf,layers=0@768/1@1024", "asrkf,pool=768,recall=mean_key" }) {
+            CHECK(trail(policy, several, 7, false) == trail(policy, several, 7, true));
+        }
+    }
+    for (const char * policy : { "asrkf,layers=0@512/1@768", "asrkf,pool=512,recall=mean_key", "paper,pool=512,tau=0.5" }) {
+        CHECK(trail(policy, {}, 8, false) == trail(policy, {}, 8, true));
+    }
+}
+
 TEST(two_threads, "two contexts in two threads keep their settings and errors apart") {
     load_model();
     std::vector<std::thread> threads;
