@@ -6,7 +6,7 @@ import re
 
 import llama_cpp
 import pytest
-from kv import tokens_of
+from kv import last_logits, tokens_of
 
 N_STEPS = 300
 
@@ -32,6 +32,17 @@ def test_all_decode_steps_but_the_first_use_the_graph_again(load, smollm2, text,
     assert reused_graphs(llm) == N_STEPS - 1
     assert after.scoring_steps_total - before.scoring_steps_total >= N_STEPS // 8 - 1
     assert after.freezes_total > before.freezes_total
+
+
+def test_of_a_generation_of_2000_tokens_all_but_a_hundredth_use_the_graph_again(load, tiny):
+    """From a prompt that the pool holds, through the steps in which it fills."""
+    llm = load(tiny, n_ctx=4096, n_threads=1, kv_policy="asrkf", kv_pool=512)
+    llm.eval([5 * i % 251 for i in range(100)])
+    llama_cpp.llama_perf_context_reset(llm.ctx)
+    for _ in range(2000):
+        llm.eval([int(last_logits(llm).argmax())])
+    assert llm.kv_stats().frozen_cells > 1000
+    assert reused_graphs(llm) >= 0.99 * 2000
 
 
 def test_a_pool_that_fills_rebuilds_the_graph_as_upstream_does(load, smollm2, text):
