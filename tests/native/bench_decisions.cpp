@@ -1,17 +1,14 @@
 // What decisions cost, without a model: seconds and bytes of the policies of one sequence in many layer groups, for
-// scripts/bench decisions. Arguments: tokens, groups, mean pool in cells, "shared" (native/policy) or "plain" (plain_policy.h: each
+// scripts/bench_decisions. Arguments: tokens, groups, mean pool in cells, "shared" (native/policy) or "plain" (plain_policy.h: each
 // group for itself, as before). Prints one line of figures.
-//
-// Scores are those of a text that goes on: each token has an importance of its own, which is log-normal, and at each scoring the
-// queries want it more or less.
 #include "plain_policy.h"
+#include "text_scores.h"
 
 #include <ctime>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <malloc.h>
-#include <random>
 
 using namespace asrkf;
 
@@ -19,27 +16,6 @@ namespace {
 
 double now() { return double(std::clock()) / CLOCKS_PER_SEC; } // of this process: others may run beside it
 double bytes_in_use() { return double(mallinfo2().uordblks) + double(mallinfo2().hblkhd); }
-
-struct scores_of_a_text {
-    explicit scores_of_a_text(uint32_t n_most) : mean(n_most), peak(n_most), own(n_most), factor(n_most) {
-        for (uint32_t i = 0; i < n_most; ++i) {
-            own[i]    = std::exp(2.0f*normal(random));
-            factor[i] = 1 + std::exp(normal(random));
-        }
-        for (int i = 0; i < 1 << 14; ++i) {
-            wanted.push_back(std::exp(0.03f*normal(random)));
-        }
-    }
-    void ask(uint32_t n_tokens) {
-        for (uint32_t i = 0, at = uint32_t(random()); i < n_tokens; ++i, at += at % 977 == 0 ? 3 : 1) {
-            mean[i] = own[i]*wanted[at % wanted.size()] / float(n_tokens);
-            peak[i] = mean[i]*factor[i];
-        }
-    }
-    std::mt19937                    random { 1 };
-    std::normal_distribution<float> normal;
-    std::vector<float>              mean, peak, own, factor, wanted;
-};
 
 // One sequence in many groups.
 struct shared_policies {
@@ -128,7 +104,7 @@ template <typename Policies> int measure(const std::vector<policy_params> & para
         all.append(int32_t(all.n_tokens()));
         all.advance(step % params[0].interval == params[0].interval - 1);
     }
-    std::printf("%zu,%.3f,%.3f,%.3e,%.3e,%.1f\n", n_decisions, double(n_frozen) / double(n_decisions), double(n_restored) / double(n_decisions),
+    std::printf("%zu,%.3f,%.3f,%.3e,%.3e,%.1f,,\n", n_decisions, double(n_frozen) / double(n_decisions), double(n_restored) / double(n_decisions),
             fold_seconds / n_steps, seconds / n_steps, (bytes_in_use() - before) / n_tokens);
     return 0;
 }
