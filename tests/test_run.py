@@ -14,6 +14,7 @@ from terminal import Terminal, terminal
 
 RUN = [sys.executable, "-m", "asrkf_gguf.cli", "run"]
 OPTIONS = ["-c", "2048", "--kv-pool", "512", "-t", "1"]
+ONE_THREAD = {"n_threads": 1, "n_threads_batch": 1}
 
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
@@ -57,7 +58,7 @@ def test_a_chat_remembers_and_reads_what_is_new_only(smollm2, load):
         assert tokens_read(line) < 30 and "were in the cache" in line
         program.type("/quit\n")
         assert program.wait() == 0
-    llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
+    llm = load(smollm2, kv_policy="asrkf", kv_pool=512, **ONE_THREAD)
     messages = [{"role": "system", "content": "You are a helpful sailor."}]
     for question, said in (("My name is Ada. Say hello.", first), ("What is my name?", second)):
         messages.append({"role": "user", "content": question})
@@ -158,7 +159,7 @@ def test_a_question_that_the_context_cannot_hold_is_one_line_and_the_chat_goes_o
 
 def test_a_prompt_is_answered_on_stdout_and_the_figures_are_one_line_on_stderr(smollm2, text, load):
     result = run(smollm2, *OPTIONS, "-p", text[:3600], "-n", "16")
-    expected = load(smollm2, kv_policy="asrkf", kv_pool=512)(text[:3600], max_tokens=16, temperature=0)["choices"][0]["text"]
+    expected = load(smollm2, kv_policy="asrkf", kv_pool=512, **ONE_THREAD)(text[:3600], max_tokens=16, temperature=0)["choices"][0]["text"]
     assert (result.returncode, result.stdout) == (0, expected + "\n")
     speeds, cache = result.stderr.splitlines()[-1].split("; ")
     assert re.fullmatch(r"\[\d+ tokens read at [\d.]+ tok/s, 16 generated at [\d.]+ tok/s", speeds)

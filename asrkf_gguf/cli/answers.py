@@ -50,8 +50,10 @@ class Answer:
     finish_reason: str
     """Of llama_cpp: "stop" or "length"; "interrupted" by Control-C."""
     prompt_tokens: int
+    cached_tokens: int
+    """Of these, what the cache held already."""
     read_tokens: int
-    """Of these, what the cache did not hold yet."""
+    """And what was read: the others, unless Control-C came."""
     answer_tokens: int
     prompt_seconds: float
     """Until the first token was there."""
@@ -63,8 +65,8 @@ class Answer:
         read = f"{self.read_tokens} tokens read"
         if self.read_tokens > 1:
             read += f" at {self.read_tokens / self.prompt_seconds:.1f} tok/s"
-        if self.read_tokens < self.prompt_tokens:
-            read += f" ({self.prompt_tokens - self.read_tokens} were in the cache)"
+        if self.cached_tokens:
+            read += f" ({self.cached_tokens} were in the cache)"
         said = f"{self.answer_tokens} generated"
         if self.answer_tokens > 1:
             said += f" at {(self.answer_tokens - 1) / self.answer_seconds:.1f} tok/s"
@@ -136,7 +138,8 @@ def answer(llm: Llama, prompt: Prompt, show: Callable[[str], None], **options: A
             chunks.close()
     ended = time.perf_counter()
     n_said = max(0, llm.n_tokens - len(tokens) + (first is not None and reason != "stop"))  # the last token sampled is not evaluated
-    return Answer("".join(pieces), reason, len(tokens), len(tokens) - in_cache, n_said, (first or ended) - began, ended - (first or ended))
+    n_read = min(llm.n_tokens, len(tokens)) - in_cache
+    return Answer("".join(pieces), reason, len(tokens), in_cache, n_read, n_said, (first or ended) - began, ended - (first or ended))
 
 
 def prompt_tokens(llm: Llama, prompt: Prompt) -> list[int]:
