@@ -54,6 +54,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def small(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Eight small layers with random weights, and SmolLM2's vocabulary."""
+    from make_models import write_small
+
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    write_small(path, Path(smollm2))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def llama3_two_layers() -> str:
     """Two layers of LLaMA-3 8B's shape with its true vocabulary, in the cache folder (0.5 GB)."""
     from make_models import write_llama3

@@ -151,6 +151,12 @@ def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
     write_llama(path, n_layer=n_layer, kind=gguf.GGMLQuantizationType.F16, **{**shape, **other})
 
 
+def write_small(path: Path, vocab: Path) -> None:
+    """Eight small layers with the vocabulary of SmolLM2's GGUF: for what reads texts."""
+    write_llama(path, n_layer=8, n_embd=128, n_head=4, n_head_kv=2, n_ff=128, n_vocab=49152, n_ctx=8192, rope_base=10000.0,
+                kind=gguf.GGMLQuantizationType.F16, vocab=vocab, untied=True)  # fmt: skip
+
+
 def write_llama3(path: Path, vocab: Path, n_layer: int) -> None:
     """LLaMA-3 8B's shape and true vocabulary, n_layer of its 32 layers, Q4_0 (32 layers: about 4.3 GB)."""
     write_llama(path, n_layer=n_layer, n_embd=4096, n_head=32, n_head_kv=8, n_ff=14336, n_vocab=128256, n_ctx=8192,

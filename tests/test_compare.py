@@ -12,9 +12,7 @@ import json
 import os
 import re
 import signal
-from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 from conftest import python
@@ -29,17 +27,6 @@ from asrkf_gguf.texts import topics
 N_CTX, POSITIONS, ROUNDS = 1024, 8, 2
 OPTIONS = ("-c", N_CTX, "--positions", POSITIONS, "--rounds", ROUNDS, "--pools", "0.3,0.6", "-t", 1)
 NAMES = ["upstream f16", "upstream q8_0", "upstream q4_0", "pool 30%", "pool 60%"]
-
-
-@pytest.fixture(scope="module")
-def small(smollm2, tmp_path_factory) -> str:
-    """Eight small layers with random weights and a true vocabulary."""
-    from make_models import write_llama
-
-    path = tmp_path_factory.mktemp("models") / "small.gguf"
-    write_llama(path, n_layer=8, n_embd=128, n_head=4, n_head_kv=2, n_ff=128, n_vocab=49152, n_ctx=8192, rope_base=10000.0,
-                kind=gguf.GGMLQuantizationType.F16, vocab=Path(smollm2), untied=True)  # fmt: skip
-    return str(path)
 
 
 def compare(*words: object) -> int:

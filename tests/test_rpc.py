@@ -36,14 +36,14 @@ def resident_bytes(pid: int) -> int:
 
 
 @contextlib.contextmanager
-def rpc_server():
+def rpc_server(n_threads: int = 2):
     """A ggml-rpc-server on loopback; yields (endpoint, process)."""
     if not SERVER.exists():
         pytest.skip("the build has no ggml-rpc-server: set ASRKF_PROGRAMS (scripts/setup does)")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(SERVER), "-H", "127.0.0.1", "-p", str(port), "-t", "2"]
+    command = [str(SERVER), "-H", "127.0.0.1", "-p", str(port), "-t", str(n_threads)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(100):
         with socket.socket() as probe:
@@ -82,6 +82,22 @@ def test_the_graph_stays_whole_and_is_used_again_on_another_device():
         assert process.poll() is None
     assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+def test_compare_has_a_side_in_host_ram_where_the_model_is_on_another_device(small, tmp_path):
+    out = tmp_path / "out.json"
+    words = ["compare", small, "-c", "1024", "--positions", "8", "--rounds", "1", "--pools", "0.3", "-t", "1", "--json", str(out)]
+    with rpc_server(n_threads=1) as (endpoint, _):
+        code = "import sys, conftest; from asrkf_gguf.cli import main; conftest.register_rpc_device(); sys.exit(main(sys.argv[1:]))"
+        result = subprocess.run([sys.executable, "-c", code, *words], env={**os.environ, "ASRKF_TEST_RPC": endpoint}, cwd=Path(__file__).parent,
+                                capture_output=True, text=True, check=False)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    content = json.loads(out.read_text())
+    sides = {side["name"]: side["memory"] for side in content["sides"]}
+    full, in_ram = sides["upstream f16"], sides["upstream f16 in RAM"]
+    assert content["reference"] == "upstream f16" and content["notes"] == [] and any("RPC" in name for name in content["weights_bytes"])
+    assert (in_ram["device_kv_bytes"], in_ram["host_kv_bytes"]) == (0, full["device_kv_bytes"]) and full["host_kv_bytes"] == 0
+    assert sides["pool 30%"]["device_staging_bytes"] > 0 and sides["pool 30%"]["host_kv_bytes"] > 0
 
 
 def run_suite(endpoint: str, file: str = "test_llama.py", suite: str = SUITE) -> subprocess.CompletedProcess[str]:

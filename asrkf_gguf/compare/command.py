@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "is what all are compared with. Control-C ends the run with a report of what there is."
     )
     parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
-    parser.add_argument("-c", "--n-ctx", type=int, default=4096, help="context, tokens (default 4096)")
+    parser.add_argument("-c", "--n-ctx", type=int, default=2048, help="context, tokens: best the one that you will use (default 2048)")
     sizes = "parts of the bytes of the full F16 cache (0.25), bytes (512MiB), or auto: what fits the device"
     parser.add_argument("--pools", default="0.25,0.5", help=f"{sizes} (default 0.25,0.5)")
     parser.add_argument("--text", help=f"a file to read, best one like what you will use (default: {OWN_TEXT}, in pages that no calibration reads)")
