@@ -44,7 +44,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
     pyplot = require_matplotlib()
     styles = _styles(pyplot, report)
     drawn: dict[str, Callable[[Any], None]] = {
-        "Loss over the bytes on the device": lambda axes: _loss_over_bytes(axes, report, sides, styles),
+        "Loss over the bytes on the device": lambda axes: _loss_over_bytes(axes, report, styles),
         "Decoding, over the depth": lambda axes: _speed(axes, sides, styles, lambda figures: figures.decode_tokens_per_second),
         "Reading a prompt, over the depth": lambda axes: _speed(axes, sides, styles, lambda figures: figures.read_tokens_per_second),
         "Loss over the depth": lambda axes: _loss_over_depth(axes, [side for side in sides if side.name != report.reference], styles),
@@ -76,10 +76,9 @@ def _loss_over_depth(axes: Any, sides: list[SideReport], styles: dict[str, dict[
     _from_zero(axes)
 
 
-def _loss_over_bytes(axes: Any, report: Report, sides: list[SideReport], styles: dict[str, dict[str, Any]]) -> None:
-    for side in sides:
-        figures = side.deepest
-        if side.memory is not None and figures is not None and side.name != report.reference:
+def _loss_over_bytes(axes: Any, report: Report, styles: dict[str, dict[str, Any]]) -> None:
+    for side, figures in report.at_end().values():
+        if side.memory is not None and side.name != report.reference:
             style = {**styles[side.name], "linestyle": "none"}
             axes.errorbar(side.memory.cache_bytes / MIB, figures.kl_mean, figures.kl_se, capsize=3, **style)
     full = next((side.memory for side in report.sides if side.name == REFERENCE.name), None)

@@ -93,9 +93,9 @@ class SideReport:
     facts_found: int
     facts_asked: int
 
-    @property
-    def deepest(self) -> Optional[Figures]:
-        return self.depths[-1] if self.depths else None
+    def at(self, depth: int) -> Optional[Figures]:
+        """None if this side was not read so far."""
+        return next((figures for figures in self.depths if figures.depth == depth), None)
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,16 @@ class Report:
     reference: str
     sides: tuple[SideReport, ...]
     notes: tuple[str, ...]
+
+    @property
+    def depths(self) -> list[int]:
+        """That any side was read to."""
+        return sorted({figures.depth for side in self.sides for figures in side.depths})
+
+    def at_end(self) -> dict[str, tuple[SideReport, Figures]]:
+        """By name the sides that were read as far as any other, with their figures there: these can be compared."""
+        end = max(self.depths, default=0)
+        return {side.name: (side, figures) for side in self.sides if (figures := side.at(end))}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -47,7 +47,7 @@ def _memory(report: Report) -> Table:
 
 
 def _speed(report: Report) -> Table:
-    depths = _depths(report)
+    depths = report.depths
 
     def row(side: SideReport) -> list[str]:
         cells = [side.name]
@@ -61,10 +61,10 @@ def _speed(report: Report) -> Table:
 
 
 def _predictions(report: Report) -> Table:
-    depth = max(_depths(report), default=0)
+    depth = max(report.depths, default=0)
 
     def row(side: SideReport) -> list[str]:
-        figures = next((figures for figures in side.depths if figures.depth == depth), None)
+        figures = side.at(depth)
         facts = f"{side.facts_found} of {side.facts_asked}" if side.facts_asked else ""
         if figures is None:
             return [side.name, *[""] * 6, facts]
@@ -74,17 +74,14 @@ def _predictions(report: Report) -> Table:
             f"{figures.ppl_ratio:.3f} ± {figures.ppl_ratio_se:.3f}", f"{100 * figures.top1_ratio:.1f} %", missed, facts,
         ]  # fmt: skip
 
-    n = max((figures.positions for side in report.sides for figures in side.depths if figures.depth == depth), default=0)
+    n = max((figures.positions for _, figures in report.at_end().values()), default=0)
     head = ("cache", "KL, mean", "KL, p99", "perplexity", "its ratio", "same top token", "missed attention", "facts found")
     return Table(f"Predictions of {n} tokens after {depth:,}, beside {report.reference}", head, [row(side) for side in report.sides])
 
 
-def _depths(report: Report) -> list[int]:
-    return sorted({figures.depth for side in report.sides for figures in side.depths})
-
-
 def _at(side: SideReport, depth: int, show: Callable[[Figures], str]) -> str:
-    return next((show(figures) for figures in side.depths if figures.depth == depth), "")
+    figures = side.at(depth)
+    return show(figures) if figures else ""
 
 
 def _spread(figure: Spread) -> str:
