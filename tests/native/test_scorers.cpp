@@ -289,7 +289,7 @@ TEST(end, "a scorer that ends waits for what it has under way, and leaves no str
 }
 
 TEST(faults, "any call of CUDA's may fail: the run says so, leaves the current device as it was, and the next one is right") {
-    const relevance_data   d(relevance_cases()[13]);
+    const relevance_data   d(relevance_cases()[1]);
     const relevance_result expected = expected_of(d);
     for (const bool has_events : { true, false }) {
         const delays    all;
