@@ -62,11 +62,16 @@ class FreezeConfig:
     rewalk_tokens: Optional[int] = None
     """Last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none."""
     recovery: Optional[str] = None
-    """Highest level of recovery that output entropy may start: "off", "soft", "window", "full"."""
+    """Highest level of recovery that output entropy may start: "off", "soft", "window", "full"; or "second_look": a token that missed
+    much attention is computed once more, with what it asks for restored."""
     trigger: Optional[str] = None
     """"entropy", or "random": the control, at the same rate."""
     trigger_share: Optional[float] = None
     """Part of the outputs that may start a recovery (0..0.5)."""
+    look_share: Optional[float] = None
+    """Part of the tokens that second_look may compute once more, at most (0..0.5)."""
+    look_trigger: Optional[str] = None
+    """"missed" (attention), or for comparison "entropy" or "random", at the same share."""
     softness: Optional[float] = None
     """k of the freeze timer floor(sqrt(c)/k), in decisions."""
     timer_share: Optional[float] = None

@@ -70,12 +70,14 @@ class KVStats:
     freezes_total: int
     restores_total: dict[str, int]
     """By cause: "timer", "window" (protected again), "refill" (room in the pool), "recall" (a live query asked),
-    "recovery" (output entropy asked), "request"."""
+    "recovery" (output entropy asked, or a second look), "request"."""
     restores_redundant_total: int
     """Recalls that did not outlast the next decision."""
     rewalks_total: int
     """Times that the end of a prompt was computed again."""
     rewalked_tokens_total: int
+    second_looks_total: int
+    """Tokens that were computed a second time, for what they missed (recovery=second_look)."""
     recoveries_total: dict[str, int]
     """By level: "soft", "window", "full"."""
     outputs_total: int
@@ -184,7 +186,7 @@ def read_device_memory(context: Any) -> list[DeviceMemory]:
 # restores_redundant_total and outputs_total begin anew with a sequence or a loaded state: no difference of theirs means anything
 _COUNTERS = (
     "moved_to_host_bytes", "moved_to_device_bytes", "moves_to_host_total", "moves_to_device_total", "freezes_total", "restores_total",
-    "rewalks_total", "rewalked_tokens_total", "recoveries_total", "steps_total", "decisions_total", "scoring_steps_total",
+    "rewalks_total", "rewalked_tokens_total", "second_looks_total", "recoveries_total", "steps_total", "decisions_total", "scoring_steps_total",
     "policy_seconds", "scoring_seconds", "moves_seconds",
 )  # fmt: skip
 

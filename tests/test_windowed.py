@@ -97,6 +97,15 @@ def test_a_windowed_sequence_is_cut_back_and_saved_as_a_whole(load, gemma3):
     assert other.kv_rows(300, 1) == row
 
 
+def test_a_windowed_model_has_second_looks(load, gemma3):
+    llm = load(gemma3, kv_policy="asrkf,rewalk_tokens=0,recovery=second_look,look_share=0.5", kv_pool=512, n_ctx=2048, n_batch=64, n_ubatch=64)
+    llm.eval(tokens(1000))
+    for token in tokens(100):
+        llm.eval([token])
+    assert 0 < llm.kv_stats().second_looks_total <= 50
+    assert llm.kv_stats().tokens == 1100 and np.isfinite(llm.output_entropy().entropy)
+
+
 def test_what_a_windowed_model_cannot_have_is_refused(load, gemma3, tmp_path):
     with pytest.raises(ValueError, match="two caches there"):
         load(gemma3, kv_policy="asrkf,state=upstream", kv_pool=512)

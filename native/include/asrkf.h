@@ -73,6 +73,8 @@ struct asrkf_config {
     int32_t  recovery;
     int32_t  trigger;
     float    trigger_share;
+    float    look_share;
+    int32_t  look_trigger;
     float    softness;
     float    timer_share;
     uint32_t timer_grace;
@@ -127,10 +129,11 @@ struct asrkf_stats {
     uint64_t restores_refill_total;    /* the pool had room */
     uint64_t restores_recall_total;    /* a live query scored it high */
     uint64_t restores_redundant_total; /* of these, frozen again before the next decision but one: the query did not last */
-    uint64_t restores_recovery_total;  /* output entropy asked for more */
+    uint64_t restores_recovery_total;  /* output entropy asked for more, or a second look */
     uint64_t restores_request_total;   /* asrkf_restore() */
     uint64_t rewalks_total;            /* times that the end of a prompt was computed again */
     uint64_t rewalked_tokens_total;
+    uint64_t second_looks_total;       /* tokens that were computed a second time, for what they missed */
     uint64_t recoveries_soft_total;
     uint64_t recoveries_window_total;
     uint64_t recoveries_full_total;
@@ -142,7 +145,7 @@ struct asrkf_stats {
     float    entropy_deviation;
     uint64_t steps_total;              /* ubatches */
     uint64_t decisions_total;
-    uint64_t scoring_steps_total;      /* steps after which the index was scored */
+    uint64_t scoring_steps_total;      /* scorings of the index */
     double   policy_seconds;
     double   scoring_seconds;          /* waiting for scores and folding them in; computing them is part of the step */
     double   moves_seconds;
@@ -181,7 +184,7 @@ struct asrkf_step {
     uint32_t freezes;
     uint32_t restores;
     uint32_t scored;                   /* 1: the index was scored after the step */
-    uint32_t occasion;                 /* 0: the interval; 1: the end of a prompt, computed again; recovery: 2 soft, 3 window, 4 full */
+    uint32_t occasion;                 /* 0: the interval; 1: the end of a prompt, computed again; recovery: 2 soft, 3 window, 4 full; 5: a second look */
     float    entropy;                  /* nats, of the output before this step; measured while a trace runs, or recovery is on */
     float    missed_attention_ratio;   /* of the last scoring before this step, mean of all heads and worst; -1: no scores yet */
     float    missed_attention_worst_ratio;

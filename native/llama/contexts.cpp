@@ -2,6 +2,8 @@
 
 #include "llama/refusal.h"
 
+#include "llama-context.h"
+
 namespace asrkf {
 
 namespace {
@@ -9,7 +11,9 @@ namespace {
 class windowed_context final : public llama_kv_cache_iswa_context {
 public:
     explicit windowed_context(std::unique_ptr<memory_context> context)
-        : llama_kv_cache_iswa_context(LLAMA_MEMORY_STATUS_SUCCESS), whole(std::move(context)) {}
+        : llama_kv_cache_iswa_context(LLAMA_MEMORY_STATUS_SUCCESS), whole(std::move(context)) {
+        whole->asked_as = this;
+    }
 
     bool next() override { return whole->next(); }
     bool apply() override { return whole->apply(); }
@@ -77,6 +81,9 @@ memory_context::memory_context(layer_groups & groups, steps & placing, scores & 
 }
 
 bool memory_context::next() {
+    if (look_failed) {
+        return true; // so that llama.cpp applies the step once more, is refused, and takes its token back
+    }
     const bool more = group_context::next();
     for (auto & other : others) {
         other->next();
@@ -84,9 +91,19 @@ bool memory_context::next() {
     return more;
 }
 
+steps::placed memory_context::place() {
+    if (is_second_look) {
+        return placing.place_look(ubatches[i_cur], std::move(side));
+    }
+    return is_rewalk() ? placing.place_rewalk(ubatches[i_cur]) : placing.place(ubatches[i_cur], i_cur == 0, is_before_rewalk());
+}
+
 bool memory_context::apply() {
+    if (look_failed) {
+        return false;
+    }
     try {
-        steps::placed step = is_rewalk() ? placing.place_rewalk(ubatches[i_cur]) : placing.place(ubatches[i_cur], i_cur == 0, is_before_rewalk());
+        steps::placed step = place();
         side = std::move(step.side);
         for (uint32_t ig = 0; ig < n_groups(); ++ig) {
             group_context & context = ig == 0 ? *this : *others[ig - 1];
@@ -101,8 +118,20 @@ bool memory_context::apply() {
 }
 
 void memory_context::on_computed(llama_context & lctx, const llm_graph_result & res) {
-    scored.run(side);
+    if (!is_second_look && placing.wants_look(lctx, res, ubatches[i_cur], side)) {
+        return look_again(lctx);
+    }
+    scored.run(side.scoring);
     placing.computed(lctx, res, ubatches[i_cur], has_output && i_cur + 1 == ubatches.size());
+}
+
+// llama.cpp reads a step's results when on_computed() has returned, from the graph that is computed again here: it never sees
+// those of the first time.
+void memory_context::look_again(llama_context & lctx) {
+    is_second_look = true;
+    ggml_status status = GGML_STATUS_FAILED;
+    look_failed    = !lctx.process_ubatch(ubatches[i_cur], LLM_GRAPH_TYPE_DEFAULT, asked_as, status);
+    is_second_look = false;
 }
 
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {

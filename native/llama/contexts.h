@@ -41,16 +41,21 @@ public:
 
     side_step side;   // of the current step
     scores &  scored;
+    llama_memory_context_i * asked_as = this; // what llama.cpp's graphs were given
 
 private:
     bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); } // the last tokens of a prompt, computed again
     bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
+    steps::placed place();
+    void look_again(llama_context & lctx);
 
     layer_groups & groups;
     steps &        placing;
     const bool     is_worst_case;
     const bool     rewalks;
     const bool     has_output;
+    bool           is_second_look = false; // the step is being computed again
+    bool           look_failed    = false;
     std::vector<std::unique_ptr<group_context>> others;
 };
 

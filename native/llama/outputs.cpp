@@ -7,6 +7,7 @@
 #include "llama-context.h"
 #include "llama-model.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace asrkf {
@@ -29,6 +30,18 @@ void sampled_rows::clear() {
     for (row & r : rows) {
         r.fetched = false;
     }
+}
+
+bool goes_to_sampler(const llm_graph_result & res) {
+    const auto is_any = [](const std::vector<ggml_tensor *> & by_row) { return std::any_of(by_row.begin(), by_row.end(), [](const ggml_tensor * t) { return t; }); };
+    return is_any(res.t_sampled) || is_any(res.t_sampled_logits) || is_any(res.t_sampled_probs);
+}
+
+double first_entropy(llama_context & ctx, const llm_graph_result & res) {
+    std::vector<float> logits(size_t(res.t_logits->ne[0]));
+    ggml_backend_sched_synchronize(ctx.get_sched());
+    ggml_backend_tensor_get(res.t_logits, logits.data(), 0, logits.size()*sizeof(float));
+    return entropy_of(logits.data(), logits.size()).entropy;
 }
 
 asrkf_output output_of(llama_context * ctx, int32_t i) {

@@ -27,4 +27,9 @@ private:
     std::vector<row> rows; // by sequence
 };
 
+// Does a backend sampler take any of the step's outputs?
+bool goes_to_sampler(const llm_graph_result & res);
+// Of the step's first output row, which nobody has read yet: waits for it.
+double first_entropy(llama_context & ctx, const llm_graph_result & res);
+
 } // namespace asrkf

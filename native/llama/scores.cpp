@@ -18,6 +18,9 @@ std::vector<scoring_shape> largest_shapes(const settings & config) {
     if (n_seqs > 1) {
         shapes.push_back({ 0, n_seqs*config.score_queries, false, true });
     }
+    if (config.recovery == RECOVERY_SECOND_LOOK) {
+        shapes.push_back({ 0, 1, false, false });
+    }
     if (config.rewalk_tokens >= 2 && make_policy_params(config, 1).recall) {
         shapes.push_back({ 0, PROMPT_END_QUERIES, true, false });
     }
@@ -79,9 +82,8 @@ void scores::prepare(side_step & step, const std::vector<part> & parts, bool pro
     }
     step.shape.n_kept = uint32_t(step.queries.size());
     step.written      = scorer->written_by(step.shape, *tokens.index, step.records);
-    if (!step.scored.empty()) {
-        prepare_scoring(step, prompt_end);
-    }
+    prepare_scoring(step.scoring, prompt_end ? askers::prompt_end : askers::of_steps);
+    prepare_scoring(step.look, askers::newest);
 }
 
 branch_shape scores::worst_shape(uint32_t n_tokens) const {
@@ -110,16 +112,35 @@ int scores::place_of(int32_t il) const {
     return -1;
 }
 
-// Of the step's sequences that score: rows of their rings, what each query sees, and the graph.
-void scores::prepare_scoring(side_step & step, bool prompt_end) {
-    step.scores.n_scored   = devices->size_class(tokens.index->n_used());
-    step.scores.n_scoring  = prompt_end ? PROMPT_END_QUERIES : uint32_t(step.scored.size())*config.score_queries;
-    step.scores.prompt_end = prompt_end;
-    step.scores.several    = step.scored.size() > 1;
-    prepared.scoring.clear();
+// Of the sequences that score: rows of their rings, what each query sees, and the graph.
+void scores::prepare_scoring(scoring_job & job, askers who) {
+    if (job.seqs.empty()) {
+        return;
+    }
+    job.who = who;
+    scoring_inputs & in = prepared(job);
+    in.scoring.clear();
+    for (const uint32_t seq : job.seqs) {
+        const std::vector<int32_t> own = tokens.sequences[seq].rings.scoring_rows(who);
+        in.scoring.insert(in.scoring.end(), own.begin(), own.end());
+    }
+    job.shape = { devices->size_class(tokens.index->n_used()), uint32_t(in.scoring.size()), who == askers::prompt_end, job.seqs.size() > 1 };
+    note_frozen(job);
     std::vector<scoring_query> queries;
+    for (const uint32_t seq : job.seqs) {
+        sequence & s = tokens.sequences[seq];
+        for (const int32_t pos : s.rings.positions(who)) {
+            queries.push_back({ &s.seen, groups.ranks_of(seq).lower_bound(int64_t(pos) + 1) });
+        }
+    }
+    scorer->write_mask(job.shape, queries, in.mask);
+    attach();
+    devices->prepare(job.shape);
+}
+
+void scores::note_frozen(const scoring_job & job) {
     std::vector<const seen_rows *> seen;
-    for (const uint32_t seq : step.scored) {
+    for (const uint32_t seq : job.seqs) {
         sequence & s = tokens.sequences[seq];
         std::vector<const uint64_t *> active;
         for (const uint32_t set : sets) {
@@ -127,18 +148,10 @@ void scores::prepare_scoring(side_step & step, bool prompt_end) {
         }
         s.seen.update(*tokens.index, s.records, active);
         seen.push_back(&s.seen);
-        const std::vector<int32_t> own = s.rings.scoring_rows(prompt_end);
-        prepared.scoring.insert(prepared.scoring.end(), own.begin(), own.end());
-        for (const int32_t pos : s.rings.positions(prompt_end)) {
-            queries.push_back({ &s.seen, groups.ranks_of(seq).lower_bound(int64_t(pos) + 1) });
-        }
     }
-    scorer->write_mask(step.scores, queries, prepared.mask);
     if (scorer->kind == SCORE_ATTENTION) {
-        seen_rows::write_frozen(seen, sets.size(), step.scores.n_scored, prepared.frozen);
+        seen_rows::write_frozen(seen, sets.size(), job.shape.n_scored, prepared(job).frozen);
     }
-    attach();
-    devices->prepare(step.scores);
 }
 
 void scores::attach() {
@@ -165,15 +178,17 @@ void scores::set_input(const side_step & step, const relevance::branch & branch)
     set(branch.query_rows, step.query_rows);
 }
 
-void scores::run(const side_step & step) {
-    if (step.scored.empty()) {
+void scores::run(const scoring_job & job) {
+    if (job.seqs.empty()) {
         return;
     }
-    std::swap(running, prepared);
-    n_arrived = step.scores.n_scored;
+    std::swap(running, prepared(job));
+    n_arrived = job.shape.n_scored;
     auto * out_missed = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
-    pending = step.scored;
+    pending = job.seqs;
+    counted.scoring_steps_total++;
     try {
+        devices->prepare(job.shape); // again: another may have been since, and this one is kept
         devices->run(running, out_missed + scorer->n_heads(), out_missed);
     } catch (const std::exception & e) {
         give_up(e);
@@ -197,6 +212,23 @@ void scores::give_up(const std::exception & why) {
     refuse(format("the device failed to compute a step's scores: its policy goes by the last ones (%s)", text_of(why).c_str()), ASRKF_INTERNAL);
 }
 
+void scores::read_missed() {
+    const auto * by_head = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
+    if (scorer->kind == SCORE_ATTENTION) {
+        newest_missed = { std::accumulate(by_head, by_head + scorer->n_heads(), 0.0f) / float(scorer->n_heads()),
+            *std::max_element(by_head, by_head + scorer->n_heads()) };
+    }
+}
+
+scores::missed_attention scores::wait_for_missed() {
+    stopwatch watch(counted.scoring_seconds);
+    if (pending.empty() || !await()) {
+        return {};
+    }
+    read_missed();
+    return newest_missed;
+}
+
 void scores::fold_in() {
     if (pending.empty()) {
         return;
@@ -205,12 +237,8 @@ void scores::fold_in() {
     if (!await()) {
         return;
     }
-    const auto * by_head = static_cast<const float *>(ggml_backend_buffer_get_base(arrived.get()));
-    if (scorer->kind == SCORE_ATTENTION) {
-        newest_missed = { std::accumulate(by_head, by_head + scorer->n_heads(), 0.0f) / float(scorer->n_heads()),
-            *std::max_element(by_head, by_head + scorer->n_heads()) };
-    }
-    auto * means = const_cast<float *>(by_head) + scorer->n_heads();
+    read_missed();
+    auto * means = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get())) + scorer->n_heads();
     float * peaks = means + n_arrived;
     for (size_t p = 1; p < devices->size(); ++p) { // of other devices
         for (uint32_t row = 0; row < n_arrived; ++row) {

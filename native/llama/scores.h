@@ -17,15 +17,24 @@ struct part {
     llama_pos             pos_end;
 };
 
-// A step's side branch, and its scoring.
+// A scoring of some sequences by their kept queries, as it was prepared.
+struct scoring_job {
+    std::vector<uint32_t> seqs; // none: nothing is scored
+    askers                who = askers::of_steps;
+    scoring_shape         shape;
+};
+
+// A step's side branch, and its scorings.
 struct side_step {
     branch_shape          shape;
     std::vector<uint32_t> records;    // of its tokens
     std::vector<int32_t>  queries;    // which tokens' queries are kept, and where
     std::vector<int64_t>  query_rows;
     relevance::written    written;    // index rows
-    std::vector<uint32_t> scored;     // the sequences whose queries score, and
-    scoring_shape         scores;
+    scoring_job           scoring;    // by the newest queries, for the next decision
+    scoring_job           look;       // by this token's own: whether it needs a second look
+
+    bool scores() const { return !scoring.seqs.empty() || !look.seqs.empty(); }
 };
 
 // The index and the branch of these layers. sets gets their groups.
@@ -36,6 +45,10 @@ std::vector<scoring_shape> largest_shapes(const settings & config);
 
 class scores {
 public:
+    // The part of attention that fell on tokens frozen in its layer's group, averaged over all heads of the scoring layers, and of
+    // the worst head. -1: there are no scores.
+    struct missed_attention { float mean = -1, worst = -1; };
+
     // scoring_layers: empty where the policy asks for no scores. buft: where scores are read back to, pinned if the device
     // offers that. Throws error(ASRKF_INTERNAL) without memory.
     scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
@@ -64,16 +77,18 @@ public:
     const relevance::branch * building = nullptr; // of the graph that is being built
 
     void set_input(const side_step & step, const relevance::branch & branch);
-    // The step's graph has been queued: queue its scoring, if it scores. Where a device fails the step goes without scores, and
+    // After moves between the step's first and second time: who is frozen.
+    void note_frozen(const scoring_job & job);
+    // The step's graph has been queued: queue a scoring, if there is one. Where a device fails the step goes without scores, and
     // says so.
-    void run(const side_step & step);
+    void run(const scoring_job & job);
+    // What the scoring that runs has missed, now: waits for it. Its scores are still to be folded in, or dropped.
+    missed_attention wait_for_missed();
     // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
     // sequences share has what they all want of it.
     void fold_in();
     void drop_pending() { pending.clear(); }
-    // Of the newest scores that came back: the part of attention that fell on tokens frozen in its layer's group, averaged over
-    // all heads of the scoring layers, and of the worst head. -1: there are none.
-    struct missed_attention { float mean = -1, worst = -1; };
+    // Of the newest scores that came back.
     missed_attention missed() const { return newest_missed; }
     void clear_missed() { newest_missed = {}; }
 
@@ -81,7 +96,9 @@ public:
     void index_records(const std::vector<uint32_t> & ids);
 
 private:
-    void prepare_scoring(side_step & step, bool prompt_end);
+    scoring_inputs & prepared(const scoring_job & job) { return job.who == askers::newest ? for_look : for_decision; }
+    void prepare_scoring(scoring_job & job, askers who);
+    void read_missed();
     void attach();
     bool await();
     void give_up(const std::exception & why);
@@ -93,7 +110,7 @@ private:
     transfers &                moves;
     counters &                 counted;
     std::unique_ptr<relevance> scorer;             // null if the policy asks for no scores
-    scoring_inputs             prepared, running;  // of the next run; and what a run reads, until it is over
+    scoring_inputs             for_decision, for_look, running; // of the next runs; and what a run reads, until it is over
     ggml_backend_buffer_ptr    arrived;            // what heads miss; of each device means, then peaks, [n_arrived] each: never moved, it may still be written
     std::unique_ptr<device_scorers> devices;       // as `scorer`; dies before what its last run reads and writes
     std::vector<uint32_t>      sets;               // the groups of scoring layers

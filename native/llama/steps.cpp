@@ -245,12 +245,14 @@ steps::placed steps::place(const llama_ubatch & ubatch, bool is_first, bool befo
         tokens.sequences[d.seq].why.decided(d.why, d.pos_end - llama_pos(d.n_new));
     }
     placed step;
-    step.slots       = find_slots(ubatch);
-    step.side.scored = sequences_to_score(parts, before_rewalk);
+    step.slots = find_slots(ubatch);
+    step.side.scoring.seqs = sequences_to_score(parts, before_rewalk);
+    if (!before_rewalk && may_look(ubatch)) {
+        step.side.look.seqs = { parts[0].seq };
+    }
     book(ubatch, parts, step);
     scored.prepare(step.side, parts, before_rewalk);
-    counted.scoring_steps_total += !step.side.scored.empty();
-    record(before, ubatch, !step.side.scored.empty(), demands[0].why, is_first ? float(tokens.sequences[parts[0].seq].trigger.last()) : 0);
+    record(before, ubatch, step.side.scores(), demands[0].why, is_first ? float(tokens.sequences[parts[0].seq].trigger.last()) : 0);
     return step;
 }
 
@@ -297,7 +299,8 @@ void steps::book(const llama_ubatch & ubatch, const std::vector<part> & parts, p
         tokens.in_flight.push_back(ids.back());
     }
     for (const part & p : parts) {
-        const bool scores = std::find(step.side.scored.begin(), step.side.scored.end(), p.seq) != step.side.scored.end();
+        const std::vector<uint32_t> & asking = step.side.scoring.seqs;
+        const bool scores = std::find(asking.begin(), asking.end(), p.seq) != asking.end();
         groups.ranks_of(p.seq).advance(uint32_t(p.tokens.size()), scores);
     }
     for (uint32_t ig = 0; ig < groups.size(); ++ig) {
@@ -330,6 +333,49 @@ steps::placed steps::place_rewalk(const llama_ubatch & ubatch) {
     counted.rewalks_total++;
     counted.rewalked_tokens_total += n;
     record(before, ubatch, false, occasion::prompt_end, 0);
+    return step;
+}
+
+// One token of one sequence, of which something is frozen that scores tell about. A step of several sequences has none: the look of one would compute the
+// tokens of all a second time.
+bool steps::may_look(const llama_ubatch & ubatch) const {
+    if (config.recovery != RECOVERY_SECOND_LOOK || !scored.is_on() || ubatch.n_tokens != 1 || ubatch.n_seq_id[0] != 1) {
+        return false;
+    }
+    const size_t seq = size_t(ubatch.seq_id[0][0]);
+    return std::any_of(groups.begin(), groups.end(), [&](const group & g) { return !g.keeps_window && g.rules[seq].n_frozen() > 0; });
+}
+
+bool steps::wants_look(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, side_step & side) {
+    if (side.look.seqs.empty() || goes_to_sampler(res)) { // a backend sampler would draw twice
+        return false;
+    }
+    scored.run(side.look);
+    const float missed = scored.wait_for_missed().mean;
+    look_rule & rule = tokens.sequences[side.look.seqs[0]].look;
+    const bool by_entropy = config.look_trigger == LOOK_ENTROPY;
+    const bool is_seen    = missed >= 0 && (!by_entropy || ubatch.output[0]);
+    const bool wants      = is_seen && rule.observe(by_entropy ? first_entropy(ctx, res) : double(missed));
+    if (!wants) {
+        scored.drop_pending(); // what one query asks for is of no use to the next
+    }
+    return wants;
+}
+
+steps::placed steps::place_look(const llama_ubatch & ubatch, side_step side) {
+    const mark before = now();
+    sequence & s = tokens.sequences[side.look.seqs[0]];
+    decide_and_move({ { s.id, 0, tokens.pos_max(s) + 1, occasion::second_look } });
+    placed step;
+    for (group & g : groups) {
+        step.slots.push_back(cells_again(g, s, side.records));
+    }
+    if (!side.scoring.seqs.empty()) {
+        scored.note_frozen(side.scoring);
+    }
+    step.side = std::move(side);
+    counted.second_looks_total++;
+    record(before, ubatch, !step.side.scoring.seqs.empty(), occasion::second_look, 0);
     return step;
 }
 

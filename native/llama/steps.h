@@ -33,6 +33,10 @@ public:
     placed place(const llama_ubatch & ubatch, bool is_first, bool before_rewalk);
     // The last tokens again, in the cells that they have: their rows are overwritten, no token is added.
     placed place_rewalk(const llama_ubatch & ubatch);
+    // Of a step that was computed once, and whose results nobody has read: does its token need a second look? Waits for it.
+    bool   wants_look(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, side_step & side);
+    // That token again, in its cells, with what it asks for restored.
+    placed place_look(const llama_ubatch & ubatch, side_step side);
     // There are more tokens than cells: from then on any cell may be taken, and attention goes over all, so that graphs stay.
     bool   overflows(const group & g, const llama_kv_cache::slot_info & slot) const;
     // output: the call's last step is computed, and has one.
@@ -51,7 +55,8 @@ private:
     void check_host_limit(uint32_t n_new) const;
     uint32_t longest_step(const std::vector<uint32_t> & n_new, uint32_t n_ubatch_max) const;
     void note_outputs(const llama_batch & batch, int32_t n_outputs);
-    bool wants_entropy() const { return config.recovery != RECOVERY_OFF || trace.buffer; }
+    bool has_levels() const { return config.recovery != RECOVERY_OFF && config.recovery != RECOVERY_SECOND_LOOK; }
+    bool wants_entropy() const { return has_levels() || trace.buffer; }
     void read_entropy();
     std::vector<part> parts_of(const llama_ubatch & ubatch) const;
     std::vector<demand> demands_of(const std::vector<part> & parts) const;
@@ -59,6 +64,7 @@ private:
     std::vector<demand> with_shrunk_shares(const std::vector<demand> & wanted) const;
     plans_by_group decide(const std::vector<demand> & demands, bool frugal);
     std::vector<llama_kv_cache::slot_info> find_slots(const llama_ubatch & ubatch) const;
+    bool may_look(const llama_ubatch & ubatch) const;
     std::vector<uint32_t> sequences_to_score(const std::vector<part> & parts, bool before_rewalk) const;
     void book(const llama_ubatch & ubatch, const std::vector<part> & parts, placed & step);
     llama_kv_cache::slot_info cells_again(group & g, const sequence & s, const std::vector<uint32_t> & ids) const;

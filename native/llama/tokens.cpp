@@ -7,7 +7,8 @@ namespace asrkf {
 
 sequence::sequence(const asrkf_config & config, uint32_t id, const ranges & pinned)
     : id(id), rings(config.score_queries, id*(config.score_queries + PROMPT_END_QUERIES)),
-      trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed), pinned(pinned) {}
+      trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed),
+      look(look_trigger_kind(config.look_trigger), config.look_share, config.seed), pinned(pinned) {}
 
 token_table::token_table(const settings & config, layer_groups & groups, bool has_index) : config(config), groups(groups) {
     for (uint32_t seq = 0; seq < config.n_seq_max; ++seq) {

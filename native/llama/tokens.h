@@ -8,6 +8,7 @@
 #include "llama/groups.h"
 #include "policy/entropy.h"
 #include "policy/occasions.h"
+#include "policy/second_look.h"
 #include "scoring/query_rings.h"
 #include "scoring/seen_rows.h"
 
@@ -32,6 +33,7 @@ struct sequence {
     seen_rows             seen;            // of the index, at its last scoring: cleared where tokens get other numbers or records
     recovery_trigger      trigger;
     occasions             why;
+    look_rule             look;
     ranges                pinned;
     int32_t               output     = 0;  // the last call's last output, counted from the end: -1, -2, ...; 0: none
     llama_pos             call_begin = -1; // first position of the current call

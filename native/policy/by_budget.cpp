@@ -28,6 +28,15 @@ struct policy::choice {
     };
 
     bool is_step() const { return why == occasion::step; }
+    // Of the history's cells: for whole blocks that are asked for.
+    float part_for_blocks() const {
+        switch (why) {
+            case occasion::step:        return p.params.recall_share;
+            case occasion::full_reset:
+            case occasion::second_look: return 1;
+            default:                    return std::min(1.0f, 2*p.params.recall_share);
+        }
+    }
     // In the history, and not chosen yet.
     bool is_open(uint32_t i) const { return p.history_of(i / 64, h) >> (i % 64) & 1 && !chosen.has(i); }
     // Word after word of the history: those of its open tokens that are active, or are not, and in one set and not in another,
@@ -163,7 +172,7 @@ void policy::choice::take_asked_for() {
     const size_t capacity = left + chosen.n_in();
     n_recalls = frugal ? 0 : is_step() ? size_t(p.params.recall_limit)*p.params.interval : capacity;
     if (p.params.recall) {
-        const float share = is_step() ? p.params.recall_share : why == occasion::full_reset ? 1.0f : std::min(1.0f, 2*p.params.recall_share);
+        const float share = part_for_blocks();
         const cause c     = is_step() || why == occasion::prompt_end ? cause::recall : cause::recovery;
         size_t n_wanted = size_t(share*float(capacity));
         const std::vector<uint32_t> blocks = blocks_asked_for(n_wanted / RECALL_BLOCK + 2);

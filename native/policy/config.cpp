@@ -47,9 +47,11 @@ const field table[] = {
     { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },
     { "recall_limit", INTEGER, AT(recall_limit), "", 1, 1 << 20, "most restores by recall, for each token that is decoded" },
     { "rewalk_tokens", INTEGER, AT(rewalk_tokens), "", 0, 512, "last tokens of a prompt that are computed again once the blocks they ask for are back; 0: none" },
-    { "recovery", CHOICE, AT(recovery), "off|soft|window|full", 0, 0, "highest level of recovery that output entropy may start" },
+    { "recovery", CHOICE, AT(recovery), "off|soft|window|full|second_look", 0, 0, "highest level of recovery that output entropy may start; or a second look: a token that missed much attention is computed once more, with what it asks for restored" },
     { "trigger", CHOICE, AT(trigger), "entropy|random", 0, 0, "what starts it; random: the control, at the same rate" },
     { "trigger_share", REAL, AT(trigger_share), "", 0, 0.5, "part of the outputs that may start it: how far out on the run's own entropies" },
+    { "look_share", REAL, AT(look_share), "", 0, 0.5, "part of the tokens that second_look may compute once more, at most" },
+    { "look_trigger", CHOICE, AT(look_trigger), "missed|entropy|random", 0, 0, "what starts a second look: missed attention; or for comparison the output's entropy, or nothing in particular, at the same share" },
     { "softness", REAL, AT(softness), "", 1e-3, 1e3, "k of the freeze timer floor(sqrt(c)/k), in decisions; c counts how often the token was found unimportant" },
     { "timer_share", REAL, AT(timer_share), "", 0, 0.5, "part of the pool for tokens that are back because their timer ended" },
     { "timer_grace", INTEGER, AT(timer_grace), "", 1, 1024, "decisions that such a token stays before it is judged again" },
@@ -344,6 +346,7 @@ asrkf_config config_default(int32_t policy) {
     c.rewalk_tokens = 48;
     c.recovery      = RECOVERY_OFF;
     c.trigger_share = 0.05f;
+    c.look_share    = 0.1f;
     c.softness      = 0.25f;
     c.timer_share   = policy == ASRKF_POLICY_ASRKF ? 0.0f : 0.1f; // with recall no token waits for a timer
     c.timer_grace   = 4;
@@ -466,6 +469,10 @@ void config_check(const asrkf_config & config) {
     }
     if (config.recall == RECALL_MEAN_KEY && config.score == SCORE_MAGNITUDE) {
         invalid("recall=mean_key with score=magnitude: a block's mean says nothing of its tokens' |q.k|; use score=attention or recall=exact");
+    }
+    const bool by_threshold = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
+    if (config.recovery == RECOVERY_SECOND_LOOK && (config.score != SCORE_ATTENTION || config.recall == RECALL_OFF || by_threshold)) {
+        invalid("recovery=second_look restores the frozen tokens that a query attends to: it needs asrkf with score=attention, and recall=exact or mean_key");
     }
     if (has_groups && n_sizes > 0) {
         invalid("layers with pools of their own (\"0-8@512/9-29@1024\") leave no use for pool: drop one of the two");

@@ -1,5 +1,7 @@
 #include "policy/entropy.h"
 
+#include "policy/running.h"
+
 #include <algorithm>
 #include <cmath>
 
@@ -33,7 +35,7 @@ asrkf_output entropy_of(const float * logits, size_t n) {
 }
 
 recovery_trigger::recovery_trigger(recovery_kind highest, trigger_kind kind, float share, uint32_t pause_tokens, uint32_t seed)
-    : highest(highest), kind(kind), share(share), pause_tokens(pause_tokens), seed(seed) {}
+    : highest(highest == RECOVERY_SECOND_LOOK ? RECOVERY_OFF : highest), kind(kind), share(share), pause_tokens(pause_tokens), seed(seed) {}
 
 void recovery_trigger::clear() {
     entropies.clear();
@@ -46,15 +48,9 @@ void recovery_trigger::clear() {
 
 double recovery_trigger::deviation() const { return n_outputs > 1 ? std::sqrt(squares / double(n_outputs - 1)) : 0; }
 
-static double nth(std::vector<double> values, double ratio) {
-    const size_t i = std::min(values.size() - 1, size_t(std::max(0.0, ratio)*double(values.size())));
-    std::nth_element(values.begin(), values.begin() + std::ptrdiff_t(i), values.end());
-    return values[i];
-}
+double recovery_trigger::percentile(double ratio) const { return entropies.empty() ? 0 : quantile(entropies, ratio); }
 
-double recovery_trigger::percentile(double ratio) const { return entropies.empty() ? 0 : nth(entropies, ratio); }
-
-bool recovery_trigger::is_spike(double change) const { return changes.size() >= LEAST && change > 0 && change > nth(changes, 1 - double(share)); }
+bool recovery_trigger::is_spike(double change) const { return changes.size() >= LEAST && change > 0 && change > quantile(changes, 1 - double(share)); }
 
 // The last LOOP_SPAN tokens are those of one period before, and the model is surer of them than usual.
 bool recovery_trigger::is_loop() const {
@@ -80,16 +76,9 @@ recovery_kind recovery_trigger::observe(double entropy, int32_t token) {
     }
     const double change = n_outputs ? entropy - smooth : 0;
     const bool   spike  = is_spike(change); // judged on the run before it
-    const size_t slot   = size_t(n_outputs % HISTORY);
-    if (entropies.size() < HISTORY) {
-        entropies.push_back(entropy);
-        changes.push_back(change);
-        tokens.push_back(token);
-    } else {
-        entropies[slot] = entropy;
-        changes[slot]   = change;
-        tokens[slot]    = token;
-    }
+    keep_newest(entropies, HISTORY, n_outputs, entropy);
+    keep_newest(changes, HISTORY, n_outputs, change);
+    keep_newest(tokens, HISTORY, n_outputs, token);
     n_outputs++;
     latest  = entropy;
     smooth += (entropy - smooth) / double(std::min<uint64_t>(n_outputs, 16));
@@ -102,8 +91,7 @@ recovery_kind recovery_trigger::observe(double entropy, int32_t token) {
     }
     bool due;
     if (kind == TRIGGER_RANDOM) { // the control: as often, at no moment in particular
-        const uint64_t x = (uint64_t(seed) << 32 ^ n_outputs)*0x9e3779b97f4a7c15ull;
-        due = double((x ^ x >> 29)*0xbf58476d1ce4e5b9ull >> 40) / double(1 << 24) < double(share);
+        due = by_chance(seed, n_outputs, double(share));
     } else {
         due = spike || is_loop();
     }

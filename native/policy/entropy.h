@@ -19,6 +19,7 @@ asrkf_output entropy_of(const float * logits, size_t n);
 
 class recovery_trigger {
 public:
+    // highest: none for RECOVERY_SECOND_LOOK, which starts otherwise (second_look.h).
     recovery_trigger(recovery_kind highest, trigger_kind kind, float share, uint32_t pause_tokens, uint32_t seed);
 
     // One output: its entropy and the token that it follows. Returns the level that is due, RECOVERY_OFF for none.

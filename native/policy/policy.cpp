@@ -218,7 +218,9 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
                 "raise kv_pool, lower window or n_batch, or unpin positions", params.pool_cells, (unsigned long long) n_protected, n_new));
     }
     // cells for the history; the slack lets the next steps pass without a decision
-    const uint64_t room     = n_new == 0 ? 0 : std::max(n_new, std::min(params.interval, uint32_t(params.pool_cells - n_protected)));
+    const uint64_t most_room = params.pool_cells - n_protected;
+    const uint64_t room      = why == occasion::second_look ? std::min(most_room, uint64_t(std::max<int64_t>(0, n_free)))
+                             : n_new == 0 ? 0 : std::max<uint64_t>(n_new, std::min<uint64_t>(params.interval, most_room));
     const uint32_t capacity = uint32_t(params.pool_cells - n_protected - room);
 
     result.decided = true;
@@ -279,7 +281,7 @@ void policy::commit(const plan & done) {
     }
     forget_ended_timers();
     decision++;
-    tokens_since_decide = 0;
+    tokens_since_decide = done.why == occasion::second_look ? tokens_since_decide : 0;
     protection_changed  = false;
     highest_going       = done.highest_going;
     lowest_coming       = done.lowest_coming;

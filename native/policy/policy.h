@@ -56,9 +56,11 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
 
 enum class cause { timer, window, refill, recall, recovery };
 
-// Why a decision is made: the interval is over; a prompt has ended and its last tokens will be computed again; or output
-// entropy asks for more, at one of the paper's levels.
-enum class occasion { step, prompt_end, soft_reset, window_reset, full_reset };
+// Why a decision is made: the interval is over; a prompt has ended and its last tokens will be computed again; output
+// entropy asks for more, at one of the paper's levels; or the newest token will be computed again, with what it asks for. A
+// second look comes beside the other decisions: it exchanges tokens, leaves free cells free, and the next interval ends as if
+// it had not been.
+enum class occasion { step, prompt_end, soft_reset, window_reset, full_reset, second_look };
 
 struct restoration {
     uint32_t token;

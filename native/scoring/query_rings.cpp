@@ -1,5 +1,7 @@
 #include "scoring/query_rings.h"
 
+#include <numeric>
+
 namespace asrkf {
 
 void query_rings::keep(const std::vector<int32_t> & step_pos, std::vector<int32_t> & tokens, std::vector<int64_t> & rows) {
@@ -26,16 +28,24 @@ void query_rings::forget_from(int32_t first_pos) {
     }
 }
 
-std::vector<int32_t> query_rings::scoring_rows(bool prompt_end) const {
-    std::vector<int32_t> rows;
-    for (uint32_t i = prompt_end ? n_queries : 0; i < (prompt_end ? n_queries + PROMPT_END_QUERIES : n_queries); ++i) {
-        rows.push_back(int32_t(first_row + i));
+std::pair<uint32_t, uint32_t> query_rings::range(askers who) const {
+    switch (who) {
+        case askers::prompt_end: return { n_queries, n_queries + PROMPT_END_QUERIES };
+        case askers::newest:     return { (next + n_queries - 1) % n_queries, (next + n_queries - 1) % n_queries + 1 };
+        default:                 return { 0, n_queries };
     }
+}
+
+std::vector<int32_t> query_rings::scoring_rows(askers who) const {
+    const auto [begin, end] = range(who);
+    std::vector<int32_t> rows(end - begin);
+    std::iota(rows.begin(), rows.end(), int32_t(first_row + begin));
     return rows;
 }
 
-std::vector<int32_t> query_rings::positions(bool prompt_end) const {
-    return prompt_end ? std::vector<int32_t>(pos.begin() + n_queries, pos.end()) : std::vector<int32_t>(pos.begin(), pos.begin() + n_queries);
+std::vector<int32_t> query_rings::positions(askers who) const {
+    const auto [begin, end] = range(who);
+    return std::vector<int32_t>(pos.begin() + begin, pos.begin() + end);
 }
 
 } // namespace asrkf

@@ -286,7 +286,11 @@ inline plan plain_policy::decide(uint32_t n_new, int32_t pos_new, occasion why, 
                 "raise kv_pool, lower window or n_batch, or unpin positions", params.pool_cells, (unsigned long long) n_protected, n_new));
     }
     // cells for the history; the slack lets the next steps pass without a decision
-    const uint64_t room     = n_new == 0 ? 0 : std::max(n_new, std::min(params.interval, uint32_t(params.pool_cells - n_protected)));
+    const uint32_t most_room = uint32_t(params.pool_cells - n_protected);
+    uint64_t room = n_new == 0 ? 0 : std::max(n_new, std::min(params.interval, most_room));
+    if (why == occasion::second_look) { // free cells stay free
+        room = n_free > 0 ? std::min(most_room, uint32_t(n_free)) : 0;
+    }
     const uint32_t capacity = uint32_t(params.pool_cells - n_protected - room);
 
     result.decided = true;
@@ -329,7 +333,9 @@ inline void plain_policy::commit(const plan & done) {
         tokens[r.token].grace = r.why == cause::timer && !params.threshold ? decision + params.timer_grace : 0;
     }
     decision++;
-    tokens_since_decide = 0;
+    if (done.why != occasion::second_look) {
+        tokens_since_decide = 0;
+    }
     protection_changed  = false;
     if (returning) { // what has not fitted waits as the others do
         for (token & t : tokens) {
@@ -449,7 +455,8 @@ inline void plain_policy::choice::take_asked_for() {
     const size_t n_before = result.restore.size();
     n_recalls = frugal ? 0 : is_step() ? size_t(p.params.recall_limit)*p.params.interval : capacity;
     if (p.params.recall) {
-        const float share = is_step() ? p.params.recall_share : why == occasion::full_reset ? 1.0f : std::min(1.0f, 2*p.params.recall_share);
+        const bool is_all = why == occasion::full_reset || why == occasion::second_look;
+        const float share = is_step() ? p.params.recall_share : is_all ? 1.0f : std::min(1.0f, 2*p.params.recall_share);
         const cause c     = is_step() || why == occasion::prompt_end ? cause::recall : cause::recovery;
         for (const uint32_t i : p.blocks_asked_for(pos_end, size_t(share*float(capacity)), !is_step())) {
             if (!p.tokens[i].frozen || result.restore.size() - n_before < n_recalls) {

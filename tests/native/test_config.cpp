@@ -77,6 +77,12 @@ TEST(refusals, "errors name key, value and remedy") {
     CHECK(says(thrown([] { config_parse("asrkf,layers=0-3"); }), "pool each"));
     CHECK(says(thrown([] { config_parse("asrkf,recall=mean_key,index=q4_0"); }), "index=f16 or auto"));
     CHECK(says(thrown([] { config_parse("paper,recall=mean_key"); }), "score=attention"));
+    CHECK(says(thrown([] { config_parse("asrkf,look_share=0.6"); }), "look_share=0.6 is out of range [0, 0.5]"));
+    CHECK(says(thrown([] { config_parse("asrkf,look_share=nan"); }), "not a number"));
+    CHECK(says(thrown([] { config_parse("asrkf,look_trigger=mised"); }), "did you mean \"missed\""));
+    for (const char * policy : { "asrkf,score=magnitude", "asrkf,recall=off", "window", "random", "paper,score=attention,recall=exact" }) {
+        CHECK(says(thrown([&] { config_parse(policy + std::string(",recovery=second_look")); }), "it needs asrkf with score=attention"));
+    }
     CHECK(says(thrown([] { config_parse("asrkf,pool=512,layers=0-3@256/4-5@256"); }), "drop one"));
     CHECK(says(thrown([] { config_parse("asrkf,pinned=" + std::string(1100, '1')); }), "longer than 1023"));
     CHECK(says(thrown([] { config_parse(""); }), "unknown"));

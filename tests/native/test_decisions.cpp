@@ -261,6 +261,7 @@ void one_operation(life & l, bool with_requests) {
         case 11: with_requests && l.one_in(3) ? l.save_and_load() : l.observe(); break;
         case 12: with_requests && l.one_in(3) ? l.reorder() : l.observe(); break;
         case 13: with_requests ? l.frozen_copy() : l.observe(); break;
+        case 14: l.step(0, occasion::second_look, l.one_in(4)); break;
         default: l.step(1, occasion::step, false); break;
     }
 }

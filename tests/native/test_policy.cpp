@@ -444,6 +444,37 @@ TEST(full_reset, "a full reset clears the timers and gives the whole history to 
     CHECK(rule.n_active() <= rule.params.pool_cells);
 }
 
+TEST(second_look, "a second look exchanges tokens for what the newest query asks for; free cells and the next decision stay as they were") {
+    one_group rule = recalling(0.0f, 1), without = recalling(0.0f, 1);
+    step(rule, 1); // there are free cells now, and the interval has begun
+    step(without, 1);
+    const uint32_t n_active = rule.n_active();
+    CHECK(n_active < rule.params.pool_cells);
+    std::vector<uint32_t> wanted;
+    for (uint32_t i = 16; i < 48; ++i) {
+        rule.observe(i, 0.1f, 0.5f, 1);
+        wanted.push_back(i);
+    }
+    const int32_t pos_end = rule.pos(rule.n_tokens() - 1) + 1;
+    const plan made = rule.decide(0, pos_end, occasion::second_look);
+    CHECK(made.decided && !made.restore.empty() && made.restore.size() == made.freeze.size());
+    for (const auto & r : made.restore) {
+        CHECK(r.why == cause::recovery);
+    }
+    rule.commit(made);
+    for (const uint32_t i : wanted) {
+        CHECK(!rule.is_frozen(i));
+    }
+    CHECK(rule.n_active() == n_active && !rule.is_frozen(rule.n_tokens() - 1));
+    int n_decided = 0;
+    for (int i = 0; i < 20; ++i) {
+        const bool decided = step(rule, 1).decided;
+        CHECK(decided == step(without, 1).decided);
+        n_decided += decided;
+    }
+    CHECK(n_decided >= 2 && n_decided <= 3);
+}
+
 TEST(average, "the average's weight is for an interval: a long step leaves less of the old score") {
     policy_params p = small(64, 0, 16, 8);
     p.ema = 0.5f;

@@ -126,8 +126,8 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
         }
         rings.keep(step_pos, kept, query_rows);
         CHECK(kept.size() == size_t(ggml_nelements(b.queries)) && query_rows.size() == kept.size());
-        const auto step_ring = rings.positions(false);
-        o.ring_pos = rings.positions(true);
+        const auto step_ring = rings.positions(askers::of_steps);
+        o.ring_pos = rings.positions(askers::prompt_end);
         o.ring_pos.insert(o.ring_pos.begin(), step_ring.begin(), step_ring.end());
         for (uint32_t i = 0; i < s.n_layers; ++i) {
             std::vector<float> q(size_t(s.head*s.n_head)*n_tokens), k(size_t(s.head*s.n_head_kv)*n_tokens);
@@ -155,14 +155,14 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
             continue;
         }
         scoring_inputs in;
-        in.scoring = rings.scoring_rows(prompt_end);
+        in.scoring = rings.scoring_rows(prompt_end ? askers::prompt_end : askers::of_steps);
         std::vector<float> frozen(2*N_ROWS);
         for (float & x : frozen) { x = float(random() % 3) / 2; }
         if (kind == SCORE_ATTENTION) {
             in.frozen.assign(frozen.begin(), frozen.begin() + N_ROWS*branch_of.n_sets());
         }
         if (branch_of.has_mask(shape)) {
-            const auto scoring_pos = rings.positions(prompt_end);
+            const auto scoring_pos = rings.positions(prompt_end ? askers::prompt_end : askers::of_steps);
             in.mask.assign(size_t(N_ROWS)*scoring_pos.size(), -INFINITY);
             for (uint32_t r = 0; r < N_ROWS; ++r) {
                 for (size_t i = 0; i < scoring_pos.size(); ++i) {
@@ -274,8 +274,8 @@ void compare_means(bool cut) {
         CHECK(ggml_backend_graph_compute(backend.get(), graph) == GGML_STATUS_SUCCESS);
 
         seen.update(index, records, {});
-        scoring_inputs in = { rings.scoring_rows(false), {}, std::vector<float>(N_ROWS, 1) };
-        CHECK(rings.positions(false)[0] == positions.back());
+        scoring_inputs in = { rings.scoring_rows(askers::of_steps), {}, std::vector<float>(N_ROWS, 1) };
+        CHECK(rings.positions(askers::of_steps)[0] == positions.back());
         branch_of.write_mask(shape, { { &seen, uint32_t(records.size()) } }, in.mask);
         std::vector<float> found(2*N_ROWS);
         float missed = 0;
@@ -382,15 +382,17 @@ TEST(rings, "steps keep a few queries from all over them, and a prompt's end the
     rows.clear();
     rings.keep({ 1100, 1101 }, tokens, rows);
     CHECK((tokens == std::vector<int32_t>{ 0, 1, 0, 1 }) && (rows == std::vector<int64_t>{ 0, 1, 4, 5 }));
-    CHECK((rings.positions(false) == std::vector<int32_t>{ 1100, 1101, 1074, 1099 }));
-    auto newest = rings.positions(true);
+    CHECK((rings.positions(askers::of_steps) == std::vector<int32_t>{ 1100, 1101, 1074, 1099 }));
+    auto newest = rings.positions(askers::prompt_end);
     std::sort(newest.begin(), newest.end());
     CHECK(newest.size() == PROMPT_END_QUERIES && newest.front() == 1070 && newest.back() == 1101);
     rings.forget_from(1099);
-    CHECK((rings.positions(false) == std::vector<int32_t>{ -1, -1, 1074, -1 }));
+    CHECK((rings.positions(askers::of_steps) == std::vector<int32_t>{ -1, -1, 1074, -1 }));
     query_rings second(4, 36); // appends what is another sequence's, in rows of its own
     second.keep({ 7 }, tokens, rows);
-    CHECK((rows == std::vector<int64_t>{ 0, 1, 4, 5, 36, 40 }) && (second.scoring_rows(false) == std::vector<int32_t>{ 36, 37, 38, 39 }));
+    CHECK((rows == std::vector<int64_t>{ 0, 1, 4, 5, 36, 40 }) && (second.scoring_rows(askers::of_steps) == std::vector<int32_t>{ 36, 37, 38, 39 }));
+    CHECK((second.scoring_rows(askers::newest) == std::vector<int32_t>{ 36 }) && (second.positions(askers::newest) == std::vector<int32_t>{ 7 }));
+    CHECK((rings.scoring_rows(askers::newest) == std::vector<int32_t>{ 1 })); // the last of the four begins anew behind it
 }
 
 namespace {

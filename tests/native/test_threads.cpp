@@ -77,7 +77,7 @@ TEST(same_bits, "contexts in two threads, each past its pool, compute the bits t
     load_model();
     struct pair { const char * policies[2]; };
     for (const pair & p : { pair { { "asrkf,pool=512", "window,pool=256,window=64" } },
-                            pair { { "asrkf,layers=0@256/1@512,window=64,moves=staged,recovery=full", "asrkf,pool=256,window=64,recall=mean_key" } },
+                            pair { { "asrkf,layers=0@256/1@512,window=64,moves=staged,recovery=full", "asrkf,pool=256,window=64,recall=mean_key,recovery=second_look" } },
                             pair { { "paper,pool=512,tau=0.5", "paper,pool=512,tau=0.5" } } }) {
         run alone[2], together[2];
         for (int i = 0; i < 2; ++i) {
