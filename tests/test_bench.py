@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import llama_cpp
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from conftest import python
 
 from asrkf_gguf import bench, divergence, texts
-from asrkf_gguf.bench import measure, needles, quality, records, sides, speed, tables
+from asrkf_gguf.bench import looks, measure, needles, quality, records, sides, speed, tables
 from asrkf_gguf.bench.sides import Side
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
@@ -205,6 +206,16 @@ class FakeLlama:
     def reset(self):
         self.n_tokens = 0
 
+    def save_state(self):
+        return self.n_tokens, list(self.input_ids)
+
+    def load_state(self, state):
+        self.n_tokens, self.input_ids = state
+
+    def kv_stats(self):
+        missed = self.input_ids[self.n_tokens - 1] / 1000
+        return SimpleNamespace(missed_attention_ratio=missed, missed_attention_worst_ratio=2 * missed)
+
     def close(self):
         pass
 
@@ -218,15 +229,17 @@ def bench_command(tmp_path, monkeypatch):
     stats = dict.fromkeys((*quality.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
     for name, function in (("get_logits_ith", lambda ctx, _: ctx.logits()), ("get_memory", lambda ctx: ctx), ("memory_clear", lambda *_: None)):
         monkeypatch.setattr(llama_cpp, f"llama_{name}", function)
-    monkeypatch.setattr(quality, "cache_folder", lambda: tmp_path)
-    for module in (quality, needles):
+    for module in (quality, looks):
+        monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
+    for module in (quality, needles, looks):
         monkeypatch.setattr(module, "open_side", FakeLlama)
-    for module in (measure, needles):
-        monkeypatch.setattr(module, "read_counters", lambda llm: {**stats, "device_bytes": 7, "rewalks_total": 0})
+    counters = {**stats, "device_bytes": 7, "rewalks_total": 0, "scoring_seconds": 0.0, "second_looks_total": 0}
+    for module in (measure, needles, looks):
+        monkeypatch.setattr(module, "read_counters", lambda llm: counters)
 
     def run(*words):
         parser = argparse.ArgumentParser()
-        bench.add_arguments(parser)
+        bench.add_arguments(parser, in_checkout=True)
         out = tmp_path / f"{words[0]}.csv"
         FakeLlama.read = 0
         assert bench.main(parser.parse_args([*words, "--model", str(model), "--text", f"novel={text}", "--out", str(out)])) == 0
@@ -246,6 +259,19 @@ def test_an_interrupted_quality_run_goes_on_where_it_stopped(bench_command):
     assert [row["side"] for row in more] == ["full-f16", "asrkf", "asrkf", "n_ctx=pool"] and FakeLlama.read == 2 * (1024 + 512)
     assert float(more[3]["kl_mean"]) == pytest.approx(0, abs=1e-5)  # this model sees its last token only
     assert len(bench_command(*words, "--side", "asrkf", "--again")) == 6 and FakeLlama.read == 2 * 2 * 1024
+
+
+def test_sides_of_a_pool_begin_from_one_prompt_and_are_compared_with_the_first(bench_command):
+    words = ("looks", "--length", "1024", "--positions", "64", "--side", "none=asrkf,pool=0.33")
+    words += ("--side", "look=asrkf,pool=0.33,recovery=second_look")
+    rows = bench_command(*words)
+    assert FakeLlama.read == 2 * 1024 + 64  # the reference, a prompt for both sides, and the positions of each
+    assert [row["side"] for row in rows] == ["none", "look"] and len({row["run"] for row in rows}) == 2
+    assert all(float(row["kl_mean"]) > 0 and float(row["kl_change"]) == 0 for row in rows)  # this model knows no second look
+    assert float(rows[0]["rank_missed_kl"]) == pytest.approx(float(rows[0]["rank_worst_kl"]))
+    assert bench_command(*words) == rows and FakeLlama.read == 0
+    more = bench_command(*words, "--side", "other=asrkf,pool=0.5")
+    assert [row["side"] for row in more] == ["none", "look", "other"] and FakeLlama.read == 1024
 
 
 def test_needles_are_asked_once_and_fit_the_context(bench_command):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..models import resolve_model
 from ..texts import NEEDLE_TASKS
+from .looks import looks
 from .needles import needles
 from .plots import plot
 from .quality import quality
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
     if in_checkout:
         _add_speed(add("speed", "decoding at a depth: ours, upstream's full cache, and upstream with n_ctx = pool", speed), depth=7680, rounds=9)
         _add_speed(add("prefill", "reading a prompt, and peak resident bytes: ours and upstream's full cache", prefill), depth=8000, rounds=3)
+        _add_sides(add("looks", "what a token missed, and what a second look gains; the first side is what all are compared with", looks))
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
         add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
