@@ -118,15 +118,26 @@ bool memory_context::apply() {
 }
 
 void memory_context::on_computed(llama_context & lctx, const llm_graph_result & res) {
-    if (!is_second_look && placing.wants_look(lctx, res, ubatches[i_cur], side)) {
+    if (!is_second_look && wants_look(lctx, res)) {
         return look_again(lctx);
     }
     scored.run(side.scoring);
     placing.computed(lctx, res, ubatches[i_cur], has_output && i_cur + 1 == ubatches.size());
 }
 
+// Without memory to tell, it does not; what was computed is good.
+bool memory_context::wants_look(llama_context & lctx, const llm_graph_result & res) {
+    try {
+        return placing.wants_look(lctx, res, ubatches[i_cur], side);
+    } catch (const std::exception & e) {
+        refuse(e);
+        scored.drop_pending();
+        return false;
+    }
+}
+
 // llama.cpp reads a step's results when on_computed() has returned, from the graph that is computed again here: it never sees
-// those of the first time.
+// those of the first time. (The heads of drafts, whose graphs are of another type, have no memory of ours.)
 void memory_context::look_again(llama_context & lctx) {
     is_second_look = true;
     ggml_status status = GGML_STATUS_FAILED;

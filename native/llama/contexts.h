@@ -47,6 +47,7 @@ private:
     bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); } // the last tokens of a prompt, computed again
     bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
     steps::placed place();
+    bool wants_look(llama_context & lctx, const llm_graph_result & res);
     void look_again(llama_context & lctx);
 
     layer_groups & groups;

@@ -336,8 +336,8 @@ steps::placed steps::place_rewalk(const llama_ubatch & ubatch) {
     return step;
 }
 
-// One token of one sequence, of which something is frozen that scores tell about. A step of several sequences has none: the look of one would compute the
-// tokens of all a second time.
+// One token of one sequence, of which something is frozen that scores tell about. A step of several sequences has none: the look
+// of one would compute the tokens of all a second time.
 bool steps::may_look(const llama_ubatch & ubatch) const {
     if (config.recovery != RECOVERY_SECOND_LOOK || !scored.is_on() || ubatch.n_tokens != 1 || ubatch.n_seq_id[0] != 1) {
         return false;
