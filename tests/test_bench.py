@@ -233,7 +233,7 @@ def bench_command(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "cache_folder", lambda: tmp_path)
     for module in (quality, needles, looks):
         monkeypatch.setattr(module, "open_side", FakeLlama)
-    counters = {**stats, "device_bytes": 7, "rewalks_total": 0, "scoring_seconds": 0.0, "second_looks_total": 0}
+    counters = {**stats, "device_bytes": 7, "rewalks_total": 0, "second_looks_total": 0}
     for module in (measure, needles, looks):
         monkeypatch.setattr(module, "read_counters", lambda llm: counters)
 

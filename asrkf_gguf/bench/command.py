@@ -13,7 +13,7 @@ from .plots import plot
 from .quality import quality
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, table_of_equal_bytes, tables_of_quality, tables_of_readme
+from .tables import table, table_of_equal_bytes, table_of_looks, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
         add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
+        add("looks-table", "the same of looks", table_of_looks)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 
 

@@ -29,7 +29,7 @@ from .sides import REFERENCE, Side, config_text, open_side, parse_side, read_cou
 
 FIGURES = [
     "kl_mean", "kl_se", "kl_p99", "kl_change", "kl_change_se", "missed_mean", "rank_missed_kl", "rank_worst_kl", "rank_entropy_kl", "second_looks",
-    "device_bytes", "pool_cells", "moved_bytes_per_token", "seconds_per_token", "seconds_per_token_median", "scoring_seconds_per_token",
+    "device_bytes", "pool_cells", "moved_bytes_per_token", "processor_seconds_per_token",
 ]  # fmt: skip
 LOOKS = [*DESCRIPTION, "text", "length", "positions", "side", "config", "type", *FIGURES, "run"]
 
@@ -81,7 +81,7 @@ class Looks:
         return np.load(path, mmap_mode="r")
 
     def measure(self, side: Side) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """By position KL, what the token missed the first time, entropy and seconds; and the side's figures."""
+        """By position KL, what the token missed the first time, entropy and processor seconds; and the side's figures."""
         reference = self.reference()
         columns: dict[str, list[float]] = {name: [] for name in ("kl", "missed", "worst", "entropy", "seconds")}
         with contextlib.closing(open_side(side, self.length, self.arguments)) as llm:
@@ -89,10 +89,10 @@ class Looks:
             self.read_prompt(llm, side, tokens[: -self.positions - 1])
             before = read_counters(llm)
             for token, row in zip(tokens[-self.positions - 1 : -1], reference, strict=True):
-                began = time.perf_counter()
+                began = time.process_time()
                 llm.eval([token])
                 logits = last_logits(llm)
-                columns["seconds"].append(time.perf_counter() - began)
+                columns["seconds"].append(time.process_time() - began)
                 found = log_softmax(logits)
                 columns["kl"].append(kl_divergence(log_softmax(np.asarray(row, dtype=np.float64)), found))
                 columns["entropy"].append(float(-np.sum(np.exp(found) * found)))
@@ -101,13 +101,12 @@ class Looks:
                 columns["worst"].append(stats.missed_attention_worst_ratio)
             after = read_counters(llm)
             require_frozen(side, self.length, after)
-            counted = ("moved_to_host_bytes", "moved_to_device_bytes", "scoring_seconds", "second_looks_total")
+            counted = ("moved_to_host_bytes", "moved_to_device_bytes", "second_looks_total")
             gain = {name: after[name] - before[name] for name in counted}
             figures = {
                 "config": config_text(llm), "device_bytes": after["device_bytes"], "pool_cells": after["pool_cells"],
                 "second_looks": gain["second_looks_total"],
                 "moved_bytes_per_token": (gain["moved_to_host_bytes"] + gain["moved_to_device_bytes"]) / self.positions,
-                "scoring_seconds_per_token": gain["scoring_seconds"] / self.positions,
             }  # fmt: skip
         return {name: np.array(values) for name, values in columns.items()}, figures
 
@@ -131,7 +130,7 @@ class Looks:
 
 def summary(columns: dict[str, np.ndarray], change: np.ndarray) -> dict[str, float]:
     """Figures of a side's positions. Rank correlations (Spearman) with KL are of sides that score each token, others know it every few."""
-    kl, missed, seconds = columns["kl"], columns["missed"], columns["seconds"]
+    kl, missed = columns["kl"], columns["missed"]
 
     def rank(values: np.ndarray) -> float:
         return float(scipy.stats.spearmanr(values, kl).statistic)
@@ -140,7 +139,7 @@ def summary(columns: dict[str, np.ndarray], change: np.ndarray) -> dict[str, flo
         "kl_mean": float(kl.mean()), "kl_se": standard_error(kl), "kl_p99": float(np.percentile(kl, 99)),
         "kl_change": float(change.mean()), "kl_change_se": standard_error(change), "missed_mean": float(missed.mean()),
         "rank_missed_kl": rank(missed), "rank_worst_kl": rank(columns["worst"]), "rank_entropy_kl": rank(columns["entropy"]),
-        "seconds_per_token": float(seconds.mean()), "seconds_per_token_median": float(np.median(seconds)),
+        "processor_seconds_per_token": float(columns["seconds"].mean()),
     }  # fmt: skip
 
 
@@ -150,7 +149,7 @@ def looks(arguments: argparse.Namespace) -> int:
     sides = [parse_side(text, arguments.pool) for text in arguments.side]
     shown = {
         "kl_mean": "mean KL", "kl_p99": "p99", "kl_change": "change", "kl_change_se": "± se", "second_looks": "looks",
-        "rank_missed_kl": "rank", "seconds_per_token": "s/token",
+        "rank_missed_kl": "rank", "processor_seconds_per_token": "s/token",
     }  # fmt: skip
     table, lines = Table(arguments.out or results_file("second_look.csv"), LOOKS, arguments.again), []
     for name, text in load_texts(arguments.text).items():

@@ -195,6 +195,23 @@ def costs_table() -> str:
     return "\n".join(markdown(("cost", "full cache", "pool"), cells))
 
 
+# second looks
+
+def looks_table() -> str:
+    """Each text and side; changes are against the side that is the first of its command."""
+    rows = newest(results_file("second_look.csv"), "text", "length", "side")
+    head = ("text", "side", "device KV + index", "KL, mean", "change", "KL, 99th percentile", "looks", "processor time a token")
+    cells = [
+        (
+            row["text"], spelled(row), mebibytes(float(row["device_bytes"])), f"{float(row['kl_mean']):.4f} ± {float(row['kl_se']):.4f}",
+            f"{float(row['kl_change']):+.4f} ± {float(row['kl_change_se']):.4f}", f"{float(row['kl_p99']):.3f}",
+            f"{row['second_looks']} of {row['positions']}", f"{1e3 * float(row['processor_seconds_per_token']):.1f} ms",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join([*markdown(head, cells), *made_by(rows)])
+
+
 # commands
 
 def table(_arguments: argparse.Namespace) -> int:
@@ -209,6 +226,11 @@ def tables_of_quality(_arguments: argparse.Namespace) -> int:
 
 def table_of_equal_bytes(_arguments: argparse.Namespace) -> int:
     print(equal_bytes_table())
+    return 0
+
+
+def table_of_looks(_arguments: argparse.Namespace) -> int:
+    print(looks_table())
     return 0
 
 
