@@ -26,17 +26,20 @@ _CLEANING = "v1"  # of the cached plain text: raise it with any change below
 
 
 def load_texts(given: Iterable[str]) -> dict[str, str]:
-    """Texts by name from NAME=FILE arguments; without any, the three default ones.
+    """Texts by name from NAME=FILE arguments, or the name of a default one alone; without any, all three of those.
 
     ValueError for a malformed or double name, RuntimeError if a default text cannot be fetched.
     """
     texts: dict[str, str] = {}
     for argument in given:
         name, equals, file = argument.partition("=")
-        if not (name and equals and file):
-            raise ValueError(f"--text {argument}: expected NAME=FILE, such as novel=emma.txt")
+        if not (name and equals and file) and argument not in PACKAGES:
+            raise ValueError(f"--text {argument}: expected NAME=FILE, such as novel=emma.txt, or one of {', '.join(PACKAGES)}")
         if name in texts:
             raise ValueError(f"--text {argument}: the name {name!r} is given twice")
+        if not equals:
+            texts[name] = default_text(name)
+            continue
         texts[name] = topics() if file == "topics" else Path(file).read_text(encoding="utf-8", errors="replace")
     return texts or {name: default_text(name) for name in PACKAGES}
 

@@ -207,10 +207,10 @@ class FakeLlama:
         self.n_tokens = 0
 
     def save_state(self):
-        return self.n_tokens, list(self.input_ids)
+        return SimpleNamespace(n_tokens=self.n_tokens, input_ids=list(self.input_ids))
 
     def load_state(self, state):
-        self.n_tokens, self.input_ids = state
+        self.n_tokens, self.input_ids = state.n_tokens, list(state.input_ids)
 
     def kv_stats(self):
         missed = self.input_ids[self.n_tokens - 1] / 1000
@@ -261,17 +261,17 @@ def test_an_interrupted_quality_run_goes_on_where_it_stopped(bench_command):
     assert len(bench_command(*words, "--side", "asrkf", "--again")) == 6 and FakeLlama.read == 2 * 2 * 1024
 
 
-def test_sides_of_a_pool_begin_from_one_prompt_and_are_compared_with_the_first(bench_command):
+def test_sides_begin_from_one_prompt_and_are_compared_with_the_first(bench_command):
     words = ("looks", "--length", "1024", "--positions", "64", "--side", "none=asrkf,pool=0.33")
     words += ("--side", "look=asrkf,pool=0.33,recovery=second_look")
     rows = bench_command(*words)
-    assert FakeLlama.read == 2 * 1024 + 64  # the reference, a prompt for both sides, and the positions of each
+    assert FakeLlama.read == 1024 + 2 * (64 + 64)  # the reference, and of each side the prompt's end and the positions
     assert [row["side"] for row in rows] == ["none", "look"] and len({row["run"] for row in rows}) == 2
     assert all(float(row["kl_mean"]) > 0 and float(row["kl_change"]) == 0 for row in rows)  # this model knows no second look
     assert float(rows[0]["rank_missed_kl"]) == pytest.approx(float(rows[0]["rank_worst_kl"]))
     assert bench_command(*words) == rows and FakeLlama.read == 0
     more = bench_command(*words, "--side", "other=asrkf,pool=0.5")
-    assert [row["side"] for row in more] == ["none", "look", "other"] and FakeLlama.read == 1024
+    assert [row["side"] for row in more] == ["none", "look", "other"] and FakeLlama.read == 64 + 64
 
 
 def test_needles_are_asked_once_and_fit_the_context(bench_command):

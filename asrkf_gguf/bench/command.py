@@ -48,7 +48,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 def _add_texts(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     command.add_argument("--text", action="append", default=[], metavar="NAME=FILE",
-                         help="repeatable; default: sawyer (a novel), essay and technical, out of Debian packages; NAME=topics: Python's reference")
+                         help="repeatable; default: sawyer (a novel), essay and technical, out of Debian packages, each of which can be named "
+                         "alone; NAME=topics: Python's reference")
     command.add_argument("--pool", default="0.33", help="of the default sides: part of the length, or cells (default 0.33)")
     command.add_argument("--positions", type=int, default=512, help="last tokens of a text, decoded as if generated (default 512)")
     command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")

@@ -1,7 +1,7 @@
 """Missed attention and second looks: how well what a token missed tells its loss, and what computing some tokens twice gains.
 
-Sides of one pool and cache type begin from the same saved state of the prompt, so they differ only by what they do while decoding,
-and their losses are compared position by position with the first side's.
+All but the prompt's last tokens are read by the full cache of a side's type, once for all its pools and sides, and handed over as a
+state. So sides differ only by what they do while decoding, and their losses are compared position by position with the first side's.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ FIGURES = [
 LOOKS = [*DESCRIPTION, "text", "length", "positions", "side", "config", "type", *FIGURES, "run"]
 
 
+IN_POOL_TOKENS = 64  # last ones of a prompt, read with the pool
+PART_TOKENS = 512  # of a prompt, after which its state is kept
+
+
 class Looks:
     """One text: the full cache's predictions, and each side's against them."""
 
@@ -53,16 +57,29 @@ class Looks:
     def passage(self, llm: Llama) -> list[int]:
         return cut_passages(llm, self.name, self.text, self.length, 1)[0]
 
+    def begin_of_prompt(self, kind: str) -> Any:
+        """The state of the full cache of this type. Kept part by part, so that a run that was cut off goes on."""
+        side = Side("", type=kind)
+        path = self.folder / f"{self.key(side, 'prompt')}.state"
+        state = pickle.loads(path.read_bytes()) if path.exists() else None
+        n = self.length - self.positions - IN_POOL_TOKENS
+        if state is not None and state.n_tokens == n:
+            return state
+        with contextlib.closing(open_side(side, self.length, self.arguments)) as llm:
+            if state is not None:
+                llm.load_state(state)
+            tokens = self.passage(llm)[:n]
+            while llm.n_tokens < n:
+                feed(llm, tokens[llm.n_tokens : llm.n_tokens + PART_TOKENS])
+                state = llm.save_state()
+                part = path.with_suffix(".part")
+                part.write_bytes(pickle.dumps(state))
+                part.rename(path)
+        return state
+
     def read_prompt(self, llm: Llama, side: Side, tokens: list[int]) -> None:
-        """Read what comes before the positions, or load the state of a side with the same pool and type that has read it."""
-        path = self.folder / f"{self.key(Side('', side.policy.split(',')[0], side.pool, side.type), 'prompt')}.state"
-        if not path.exists():
-            feed(llm, tokens)
-            part = path.with_suffix(".part")
-            part.write_bytes(pickle.dumps(llm.save_state()))
-            part.rename(path)
-            llm.reset()
-        llm.load_state(pickle.loads(path.read_bytes()))  # also who has just read it, so that all begin alike
+        llm.load_state(self.begin_of_prompt(side.type))
+        feed(llm, tokens[llm.n_tokens : -self.positions - 1])
 
     def reference(self) -> np.ndarray:
         """Log probabilities of the full cache by position, kept for the next run."""
@@ -70,7 +87,7 @@ class Looks:
         if not path.exists():
             with contextlib.closing(open_side(REFERENCE, self.length, self.arguments)) as llm:
                 tokens = self.passage(llm)
-                feed(llm, tokens[: -self.positions - 1])
+                self.read_prompt(llm, REFERENCE, tokens)
                 rows = []
                 for token in tokens[-self.positions - 1 : -1]:
                     llm.eval([token])
@@ -86,7 +103,7 @@ class Looks:
         columns: dict[str, list[float]] = {name: [] for name in ("kl", "missed", "worst", "entropy", "seconds")}
         with contextlib.closing(open_side(side, self.length, self.arguments)) as llm:
             tokens = self.passage(llm)
-            self.read_prompt(llm, side, tokens[: -self.positions - 1])
+            self.read_prompt(llm, side, tokens)
             before = read_counters(llm)
             for token, row in zip(tokens[-self.positions - 1 : -1], reference, strict=True):
                 began = time.process_time()
