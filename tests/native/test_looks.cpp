@@ -2,7 +2,7 @@
 // and what becomes of a look that fails.
 #include "tiny.h"
 
-#include "scoring/scoring_graph.h"
+#include "scoring/device_scorers.h"
 #include "store/row_mover.h"
 
 #include <algorithm>
