@@ -162,4 +162,30 @@ TEST(backend_sampler, "recovery reads the same entropies where a backend sampler
     CHECK(n_unsure > found.size() / 2);
 }
 
+TEST(looks, "entropy may start a second look; with a backend sampler, which would draw twice, there is none") {
+    for (const bool on_device : { false, true }) {
+        llama_model * model = unsure_model();
+        CHECK(model && next_policy("asrkf,pool=256,recovery=second_look,look_share=0.25,look_trigger=entropy"));
+        llama_context_params params = llama_context_default_params();
+        params.n_ctx   = 512;
+        params.n_batch = params.n_ubatch = 64;
+        params.n_threads       = params.n_threads_batch = 1;
+        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+        llama_context * ctx = llama_init_from_model(model, params);
+        CHECK(ctx != nullptr);
+        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+        CHECK(!on_device || llama_set_sampler(ctx, 0, chain));
+        for (int i = 0; i < 400; ++i) {
+            CHECK(decode(ctx, { llama_token(i*37 % 200) }) == 0);
+        }
+        const asrkf_stats s = stats_of(ctx);
+        CHECK(s.frozen_cells > 100 && (on_device ? s.second_looks_total == 0 : s.second_looks_total > 10 && s.second_looks_total <= 100));
+        CHECK(llama_set_sampler(ctx, 0, nullptr));
+        llama_sampler_free(chain);
+        llama_free(ctx);
+        llama_model_free(model);
+    }
+}
+
 int main() { return run_all_tests(); }
