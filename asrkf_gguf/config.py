@@ -9,7 +9,7 @@ from typing import Optional, Union
 from . import _native
 
 PoolSize = Union[int, float, str]
-POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all")
+POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all", "refreekv")
 
 
 @dataclass(frozen=True)
@@ -17,11 +17,12 @@ class FreezeConfig:
     """How tokens are frozen and restored. None means the preset's value; `resolved()` shows them all.
 
     The method is ASR-KF-EGR (arXiv 2512.11221) with a budget in place of its threshold; the `paper` preset is as
-    published, where it is known. Invalid values raise ValueError with key, value and range.
+    published, where it is known. `refreekv` is another method's (ReFreeKV, arXiv 2502.16886). Invalid values raise
+    ValueError with key, value and range.
     """
 
     policy: str = "asrkf"
-    """"full" (upstream's cache), "asrkf", "paper", or a control: "window", "random", "flag-all"."""
+    """"full" (upstream's cache), "asrkf", "paper", "refreekv", or a control: "window", "random", "flag-all"."""
     pool: Optional[PoolSize] = None
     """Size of the pool: "auto" (what fits the device), cells (2048), part of n_ctx (0.25), bytes of K, V and index ("512MiB"), or so
     much of the bytes of a full F16 cache ("33%"). `Llama(kv_pool=...)` sets it."""
@@ -80,6 +81,14 @@ class FreezeConfig:
     """Decisions that such a token stays before it is judged again."""
     tau: Optional[float] = None
     """Threshold of the paper preset: tokens that score less are flagged."""
+    tolerance: Optional[float] = None
+    """Of refreekv: the part of the last query's attention norm that a cut may take from a layer (0..1)."""
+    rows: Optional[int] = None
+    """Of refreekv: the newest queries whose attention is averaged for it."""
+    order: Optional[str] = None
+    """Of refreekv, who goes first: the oldest tokens ("position"), or those with the lowest scores ("relevance")."""
+    repeat: Optional[int] = None
+    """Of refreekv: tokens that are generated between two cuts; 0: where a prompt ends, and never again."""
     block: Optional[int] = None
     """Positions in a block, the unit of sealing."""
     pinned: Optional[str] = None

@@ -28,6 +28,10 @@ class GroupStats:
     active_cells: int
     active_copied_cells: int
     frozen_cells: int
+    kept_ratio: float
+    """Of the tokens at the last cut of "refreekv"; -1: none yet, or these layers have none."""
+    wanted_ratio: float
+    """And what its rule would have kept in a larger pool."""
     sliding_window: int
     """Tokens that these layers see: the group keeps them whatever the policy; 0: all."""
     token_bytes: int
@@ -52,13 +56,15 @@ class KVStats:
     pool_cells: int
     active_cells: int
     frozen_cells: int
+    enough_cells: int
+    """The pool with which the last cut of "refreekv" could have kept all that its rule wanted, in every layer; 0: no cut yet."""
     n_sequences: int
     """That have tokens."""
     tokens: int
     """Of all sequences, those that they share once."""
     device_kv_bytes: int
     device_index_bytes: int
-    """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries."""
+    """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries. Of "refreekv": queries."""
     device_staging_bytes: int
     device_compute_bytes: int
     host_kv_bytes: int
@@ -73,6 +79,8 @@ class KVStats:
     "recovery" (output entropy asked, or a second look), "request"."""
     restores_redundant_total: int
     """Recalls that did not outlast the next decision."""
+    cuts_total: int
+    """Times that the rule of "refreekv" was applied: where a prompt ended, and with `repeat` after that."""
     rewalks_total: int
     """Times that the end of a prompt was computed again."""
     rewalked_tokens_total: int
@@ -82,6 +90,8 @@ class KVStats:
     """By level: "soft", "window", "full"."""
     outputs_total: int
     """Outputs whose entropy was measured (while a trace runs, or with recovery)."""
+    kept_ratio: float
+    """Of the tokens at the last cut of "refreekv", mean over the layers; -1: no cut yet."""
     missed_attention_ratio: float
     """At the last scoring: the part of the scoring layers' attention that fell on frozen tokens, mean of all heads; -1: no scores."""
     missed_attention_worst_ratio: float
@@ -186,7 +196,8 @@ def read_device_memory(context: Any) -> list[DeviceMemory]:
 # restores_redundant_total and outputs_total begin anew with a sequence or a loaded state: no difference of theirs means anything
 _COUNTERS = (
     "moved_to_host_bytes", "moved_to_device_bytes", "moves_to_host_total", "moves_to_device_total", "freezes_total", "restores_total",
-    "rewalks_total", "rewalked_tokens_total", "second_looks_total", "recoveries_total", "steps_total", "decisions_total", "scoring_steps_total",
+    "cuts_total", "rewalks_total", "rewalked_tokens_total", "second_looks_total", "recoveries_total", "steps_total", "decisions_total",
+    "scoring_steps_total",
     "policy_seconds", "scoring_seconds", "moves_seconds",
 )  # fmt: skip
 

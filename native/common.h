@@ -39,6 +39,7 @@ enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };
 enum recall_kind { RECALL_OFF = 0, RECALL_EXACT, RECALL_MEAN_KEY };
 enum recovery_kind { RECOVERY_OFF = 0, RECOVERY_SOFT, RECOVERY_WINDOW, RECOVERY_FULL, RECOVERY_SECOND_LOOK }; // the first four: the highest level that is used
 enum types_kind { TYPES_GIVEN = 0, TYPES_AUTO };
+enum order_kind { ORDER_POSITION = 0, ORDER_RELEVANCE };
 enum trigger_kind { TRIGGER_ENTROPY = 0, TRIGGER_RANDOM };
 enum look_trigger_kind { LOOK_MISSED = 0, LOOK_ENTROPY, LOOK_RANDOM };
 

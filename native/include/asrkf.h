@@ -45,7 +45,8 @@ enum asrkf_policy {
     ASRKF_POLICY_PAPER    = 2, /* arXiv 2512.11221: mean |q.k| below tau, sublinear timers */
     ASRKF_POLICY_WINDOW   = 3, /* control: the most recent tokens only */
     ASRKF_POLICY_RANDOM   = 4, /* control: the machinery of asrkf on random scores */
-    ASRKF_POLICY_FLAG_ALL = 5  /* control: every token older than the window is flagged at every check */
+    ASRKF_POLICY_FLAG_ALL = 5, /* control: every token older than the window is flagged at every check */
+    ASRKF_POLICY_REFREEKV = 6  /* arXiv 2502.16886: where a prompt ends, as much is frozen as its last query's attention allows */
 };
 
 /* Configuration. asrkf_config_default() fills it, asrkf_config_parse() reads "name,key=value,...". The keys, their
@@ -79,6 +80,10 @@ struct asrkf_config {
     float    timer_share;
     uint32_t timer_grace;
     float    tau;
+    float    tolerance;        /* of refreekv, and the next three */
+    uint32_t rows;
+    int32_t  order;
+    uint32_t repeat;           /* tokens; 0: never */
     uint32_t block;
     uint32_t seed;
     int32_t  moves;
@@ -109,14 +114,15 @@ struct asrkf_stats {
     uint32_t pool_cells;               /* means over the layers; asrkf_get_group_stats() has each group's */
     uint32_t active_cells;
     uint32_t frozen_cells;
+    uint32_t enough_cells;             /* refreekv: the pool with which the last cut could have kept all that its rule wanted, in every layer; 0: no cut yet */
     uint32_t n_sequences;              /* that have tokens */
     int32_t  type_k;                   /* enum ggml_type, of the cache; -1 where upstream's cache has none to name */
     int32_t  type_v;
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
-    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries; for cuts: queries */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
-    uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers, and those of scoring */
+    uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers, and those of scoring and cuts */
     uint64_t host_kv_bytes;            /* allocated for the host store */
     uint64_t host_kv_peak_bytes;
     uint64_t moved_to_host_bytes;
@@ -131,6 +137,7 @@ struct asrkf_stats {
     uint64_t restores_redundant_total; /* of these, frozen again before the next decision but one: the query did not last */
     uint64_t restores_recovery_total;  /* output entropy asked for more, or a second look */
     uint64_t restores_request_total;   /* asrkf_restore() */
+    uint64_t cuts_total;               /* refreekv: times that its rule was applied, where a prompt ended or repeated */
     uint64_t rewalks_total;            /* times that the end of a prompt was computed again */
     uint64_t rewalked_tokens_total;
     uint64_t second_looks_total;       /* tokens that were computed a second time, for what they missed */
@@ -138,6 +145,7 @@ struct asrkf_stats {
     uint64_t recoveries_window_total;
     uint64_t recoveries_full_total;
     uint64_t outputs_total;            /* output rows whose entropy was measured */
+    float    kept_ratio;               /* of the tokens at the last cut, mean over the layers; -1: no cut yet */
     float    missed_attention_ratio;   /* at the last scoring: part of the scoring layers' attention that fell on frozen tokens, mean of all heads; -1: no scores */
     float    missed_attention_worst_ratio; /* and of the worst head */
     float    entropy;                  /* of the last one, nats */
@@ -161,6 +169,8 @@ struct asrkf_group_stats {
     uint32_t active_cells;
     uint32_t active_copied_cells;      /* of these, with a valid host copy */
     uint32_t frozen_cells;
+    float    kept_ratio;               /* of the tokens at the last cut; -1: none yet, or none here */
+    float    wanted_ratio;             /* and what the rule would have kept in a larger pool */
     uint32_t sliding_window;           /* tokens that these layers see: the group keeps them whatever the policy; 0: all */
     uint64_t token_bytes;              /* K and V of one token in this group's layers */
     uint64_t device_kv_bytes;

@@ -45,6 +45,24 @@ public:
     relevance::branch      branch;
 };
 
+// The same of the queries that are kept for cuts.
+class queries_input final : public llm_graph_input_i {
+public:
+    queries_input(const memory_context * mctx, attention_rows::branch branch) : mctx(mctx), branch(branch) {}
+    void set_input(const llama_ubatch *) override {
+        ggml_backend_tensor_set(branch.queries, mctx->queries.tokens.data(), 0, ggml_nbytes(branch.queries));
+        ggml_backend_tensor_set(branch.query_rows, mctx->queries.rows.data(), 0, ggml_nbytes(branch.query_rows));
+    }
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = &whole_of(params.mctx);
+        return mctx->queries.rows.size() == branch.n_kept;
+    }
+
+private:
+    const memory_context *       mctx;
+    const attention_rows::branch branch;
+};
+
 } // namespace
 
 group_context::group_context(const memory_context & whole, group & g, std::vector<llama_ubatch> ubatches)
@@ -65,16 +83,16 @@ void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, 
     whole.build_side_branch_of(res, gf, q, k_cur, kq_scale, il);
 }
 
-memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, steps::split_batch batch)
-    : group_context(*this, groups[0], batch.ubatches), scored(scored), groups(groups), placing(placing), is_worst_case(false), rewalks(batch.rewalks),
-      has_output(batch.has_output) {
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, steps::split_batch batch)
+    : group_context(*this, groups[0], batch.ubatches), scored(scored), cuts(cuts), groups(groups), placing(placing), is_worst_case(false),
+      rewalks(batch.rewalks), has_output(batch.has_output) {
     for (size_t ig = 1; ig < groups.size(); ++ig) {
         others.push_back(std::make_unique<group_context>(*this, groups[ig], batch.ubatches));
     }
 }
 
-memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored)
-    : group_context(*this, groups[0]), scored(scored), groups(groups), placing(placing), is_worst_case(true), rewalks(false), has_output(false) {
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts)
+    : group_context(*this, groups[0]), scored(scored), cuts(cuts), groups(groups), placing(placing), is_worst_case(true), rewalks(false), has_output(false) {
     for (size_t ig = 1; ig < groups.size(); ++ig) {
         others.push_back(std::make_unique<group_context>(*this, groups[ig]));
     }
@@ -93,7 +111,9 @@ bool memory_context::next() {
 
 steps::placed memory_context::place() {
     if (is_second_look) {
-        return placing.place_look(ubatches[i_cur], std::move(side));
+        steps::placed step = placing.place_look(ubatches[i_cur], std::move(side));
+        step.queries = std::move(queries);
+        return step;
     }
     return is_rewalk() ? placing.place_rewalk(ubatches[i_cur]) : placing.place(ubatches[i_cur], i_cur == 0, is_before_rewalk());
 }
@@ -104,7 +124,8 @@ bool memory_context::apply() {
     }
     try {
         steps::placed step = place();
-        side = std::move(step.side);
+        side    = std::move(step.side);
+        queries = std::move(step.queries);
         for (uint32_t ig = 0; ig < n_groups(); ++ig) {
             group_context & context = ig == 0 ? *this : *others[ig - 1];
             const bool overflows = placing.overflows(groups[ig], step.slots[ig]);
@@ -122,7 +143,8 @@ void memory_context::on_computed(llama_context & lctx, const llm_graph_result & 
         return look_again(lctx);
     }
     scored.run(side.scoring);
-    placing.computed(lctx, res, ubatches[i_cur], has_output && i_cur + 1 == ubatches.size());
+    const bool is_last = i_cur + 1 == ubatches.size();
+    placing.computed(lctx, res, ubatches[i_cur], is_last, is_last && has_output);
 }
 
 // Without memory to tell, it does not; what was computed is good.
@@ -146,6 +168,11 @@ void memory_context::look_again(llama_context & lctx) {
 }
 
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
+    build_scores(res, gf, q, k_cur, kq_scale, il);
+    build_queries(res, gf, q, kq_scale, il);
+}
+
+void memory_context::build_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
     const int i = scored.place_of(il);
     if (i < 0) {
         return;
@@ -157,6 +184,18 @@ void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * 
         res.add_input(std::move(input));
     }
     scored.build(res.get_ctx(), gf, i, q, k_cur, kq_scale);
+}
+
+void memory_context::build_queries(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int32_t il) const {
+    const int i = cuts.place_of(il);
+    if (i < 0) {
+        return;
+    }
+    if (i == 0) { // a new graph
+        cuts.building = cuts.new_branch(res.get_ctx(), is_worst_case ? cuts.worst_kept(uint32_t(q->ne[2])) : uint32_t(queries.rows.size()));
+        res.add_input(std::make_unique<queries_input>(this, cuts.building));
+    }
+    cuts.build(res.get_ctx(), gf, i, q, kq_scale);
 }
 
 llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed) {

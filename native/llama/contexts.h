@@ -26,8 +26,8 @@ protected:
 
 class memory_context final : public group_context {
 public:
-    memory_context(layer_groups & groups, steps & placing, scores & scored, steps::split_batch batch);
-    memory_context(layer_groups & groups, steps & placing, scores & scored); // worst case, for reserving compute buffers
+    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, steps::split_batch batch);
+    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts); // worst case, for reserving compute buffers
 
     bool next() override;
     bool apply() override;
@@ -39,11 +39,15 @@ public:
 
     void build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const;
 
-    side_step side;   // of the current step
-    scores &  scored;
+    side_step     side;    // of the current step
+    kept_queries  queries; // as well
+    scores &      scored;
+    prompt_cuts & cuts;
     llama_memory_context_i * asked_as = this; // what llama.cpp's graphs were given
 
 private:
+    void build_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const;
+    void build_queries(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int32_t il) const;
     bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); } // the last tokens of a prompt, computed again
     bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
     steps::placed place();

@@ -20,8 +20,9 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.tokens             = tokens.n_records();
     s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
     s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
-    s.device_index_bytes = scored.index_bytes();
+    s.device_index_bytes = scored.index_bytes() + cuts.ring_bytes();
     std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "%s", scored.backend().c_str());
+    add_cut(s);
     const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
     for (const sequence & q : tokens.sequences) {
         s.outputs_total += q.trigger.count();
@@ -39,12 +40,25 @@ asrkf_stats figures::stats(llama_context * ctx) const {
             s.restores_redundant_total += rule.n_redundant();
         }
     }
-    s.device_compute_bytes = scored.compute_bytes();
+    s.device_compute_bytes = scored.compute_bytes() + cuts.room_bytes();
     s.device_staging_bytes = groups.mover ? groups.mover->staging_bytes() : 0;
     for (const auto & [buft, data] : ctx->memory_breakdown()) {
         s.device_compute_bytes += data.context > 0 ? data.compute : 0;
     }
     return s;
+}
+
+// Of the last one: what layers kept, and what each would have had room for.
+void figures::add_cut(asrkf_stats & s) const {
+    double kept = 0, n_layers = 0;
+    for (uint32_t ig = 0; ig < groups.size(); ++ig) {
+        if (cuts.result_of(ig).n_tokens > 0) {
+            kept     += double(group_stats(ig).kept_ratio)*double(groups[ig].layers.size());
+            n_layers += double(groups[ig].layers.size());
+            s.enough_cells = std::max(s.enough_cells, cuts.enough_cells(ig));
+        }
+    }
+    s.kept_ratio = n_layers > 0 ? float(kept / n_layers) : -1;
 }
 
 asrkf_group_stats figures::group_stats(uint32_t index) const {
@@ -58,6 +72,9 @@ asrkf_group_stats figures::group_stats(uint32_t index) const {
     s.active_cells        = g.cache->n_used();
     s.frozen_cells        = tokens.n_records() - g.cache->n_used(); // each has a slot, and other slots are copies of what is active
     s.active_copied_cells = g.store ? uint32_t(g.store->n_used()) - s.frozen_cells : 0;
+    const cut_result cut  = cuts.result_of(index);
+    s.kept_ratio          = cut.n_tokens > 0 ? float(cut.n_kept) / float(cut.n_tokens) : -1;
+    s.wanted_ratio        = cut.n_tokens > 0 ? float(cut.n_wanted) / float(cut.n_tokens) : -1;
     s.sliding_window      = g.keeps_window ? config.model.hparams.n_swa : 0;
     s.token_bytes         = g.token_bytes;
     s.device_kv_bytes     = g.cache->device_bytes();
@@ -111,8 +128,10 @@ std::map<ggml_backend_buffer_type_t, size_t> figures::memory_breakdown() const {
             sum[buft] += size;
         }
     }
-    for (const auto & [buft, size] : scored.breakdown()) {
-        sum[buft] += size;
+    for (const auto & sizes : { scored.breakdown(), cuts.breakdown() }) {
+        for (const auto & [buft, size] : sizes) {
+            sum[buft] += size;
+        }
     }
     return sum;
 }

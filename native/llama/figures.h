@@ -9,9 +9,9 @@ namespace asrkf {
 
 class figures {
 public:
-    figures(const settings & config, const layer_groups & groups, const token_table & tokens, const scores & scored, const steps & placing,
-            const counters & counted, const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), scored(scored), placing(placing), counted(counted), budget(budget) {}
+    figures(const settings & config, const layer_groups & groups, const token_table & tokens, const scores & scored, const prompt_cuts & cuts,
+            const steps & placing, const counters & counted, const host_budget & budget)
+        : config(config), groups(groups), tokens(tokens), scored(scored), cuts(cuts), placing(placing), counted(counted), budget(budget) {}
 
     asrkf_stats       stats(llama_context * ctx) const;
     asrkf_group_stats group_stats(uint32_t index) const;
@@ -23,10 +23,13 @@ public:
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const;
 
 private:
+    void add_cut(asrkf_stats & s) const;
+
     const settings &     config;
     const layer_groups & groups;
     const token_table &  tokens;
     const scores &       scored;
+    const prompt_cuts &  cuts;
     const steps &        placing;
     const counters &     counted;
     const host_budget &  budget;

@@ -41,7 +41,8 @@ std::filesystem::path cache_folder() {
 
 // Does a calibration change anything for this context?
 bool is_wanted(const llama_cparams & cparams, const asrkf_config & config) {
-    if (score_kind(config.score) != SCORE_ATTENTION || config.pool_ratio >= 1 || config.pool_cells >= cparams.n_ctx) {
+    const policy_params rule = make_policy_params(config, 1);
+    if (rule.score != SCORE_ATTENTION || (!rule.cuts && (config.pool_ratio >= 1 || config.pool_cells >= cparams.n_ctx))) {
         return false;
     }
     const bool splits = std::strcmp(config.layers, "two") == 0 || std::strcmp(config.layers, "each") == 0;

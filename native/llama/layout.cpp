@@ -128,6 +128,13 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
     }
     const uint32_t mean_cells = resolve_pool(config, config.n_ctx);
     const std::string mode = config.layers;
+    if (mode == "each" && make_policy_params(config, 1).cuts) {
+        std::vector<group_budget> own; // of equal pools, also where each holds everything: which layer needs more, a prompt will show
+        for (const layer_budget & l : layers) {
+            own.push_back({ { l.il }, mean_cells });
+        }
+        return own;
+    }
     if (mode == "shared" || mean_cells >= config.n_ctx || layers.size() == 1) {
         group_budget one = { {}, mean_cells };
         for (const layer_budget & l : layers) {
@@ -200,7 +207,7 @@ layout make_layout(const settings & config, const llama_memory_params & params) 
     const std::vector<layer_budget> layers = budgets_of(config, params, cached.plain, measured_scorers);
     const std::vector<group_budget> plans = split_pools(config, layers);
     layout made;
-    const bool freezes = std::any_of(plans.begin(), plans.end(), [&](const group_budget & g) { return g.pool_cells < config.n_ctx; });
+    const bool freezes = make_policy_params(config, 1).cuts || std::any_of(plans.begin(), plans.end(), [&](const group_budget & g) { return g.pool_cells < config.n_ctx; });
     if (make_policy_params(config, 1).wants_scores()) {
         made.scoring_layers = choose_scoring_layers(config, layers, measured_scorers);
     }

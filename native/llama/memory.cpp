@@ -75,9 +75,9 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
     : config(model, cparams, config), choice(choice), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
       tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted, budget),
       scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
-      sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
+      cuts(this->config, groups, tokens, moves, scored, counted, params.type_k), sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
       states(this->config, groups, tokens, scored, sequences), asked(groups, tokens, moves, scored, counted),
-      placing(this->config, groups, tokens, moves, scored, counted, budget), seen(this->config, groups, tokens, scored, placing, counted, budget) {}
+      placing(this->config, groups, tokens, moves, scored, cuts, counted, budget), seen(this->config, groups, tokens, scored, cuts, placing, counted, budget) {}
 
 // Once groups and tokens stand, and before the scores, which need to know where they are read back to. Refuses before
 // anything is allocated.
@@ -93,14 +93,14 @@ ggml_backend_buffer_type_t memory::prepare_groups(const llama_memory_params & pa
 
 llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
     try {
-        return as_asked(std::make_unique<memory_context>(groups, placing, scored, placing.split(balloc, n_ubatch)), config.is_windowed);
+        return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts, placing.split(balloc, n_ubatch)), config.is_windowed);
     } catch (const std::exception & e) {
         refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 }
 
-llama_memory_context_ptr memory::init_full() { return as_asked(std::make_unique<memory_context>(groups, placing, scored), config.is_windowed); }
+llama_memory_context_ptr memory::init_full() { return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts), config.is_windowed); }
 
 llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimize*/) {
     moves.set_context(ctx);
@@ -118,6 +118,7 @@ void memory::clear(bool data) {
     sequences.clear(data);
     placing.clear();
     scored.clear_missed();
+    cuts.clear();
     counted.clear();
     budget.peak_bytes = budget.used_bytes;
 }
@@ -218,6 +219,7 @@ asrkf_stats upstream_stats(llama_context * ctx) {
     s.pool_cells  = llama_n_ctx(ctx);
     s.missed_attention_ratio = s.missed_attention_worst_ratio = 0; // nothing is frozen
     std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "none");
+    s.kept_ratio  = -1;
     const auto * plain = dynamic_cast<llama_kv_cache *>(llama_get_memory(ctx));
     s.type_k      = plain ? plain->type_k() : -1;
     s.type_v      = plain ? plain->type_v() : -1;

@@ -8,6 +8,7 @@
 #include "llama/figures.h"
 #include "llama/groups.h"
 #include "llama/layout.h"
+#include "llama/prompt_cut.h"
 #include "llama/requests.h"
 #include "llama/saved_states.h"
 #include "llama/scores.h"
@@ -83,6 +84,7 @@ private:
     token_table    tokens;
     transfers      moves;
     scores         scored;
+    prompt_cuts    cuts;
     sequence_ops   sequences;
     shifts         shifted;
     saved_states   states;

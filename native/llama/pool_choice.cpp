@@ -3,6 +3,7 @@
 #include "llama/creation.h"
 #include "llama/engine.h"
 #include "llama/layout.h"
+#include "llama/prompt_cut.h"
 #include "llama/scores.h"
 #include "scoring/relevance.h"
 
@@ -302,7 +303,7 @@ pool_choice chooser::choose() const {
     }
     const std::string types = k == v ? ggml_type_name(k) : format("%s and %s", ggml_type_name(k), ggml_type_name(v));
     chosen.text    = format("pool: %s%u %scells in %s%s, %s%s", cells < asked.n_ctx ? "" : "all ", mean_cells(chosen.params, cells), cells < asked.n_ctx ? format("of %u ", asked.n_ctx).c_str() : "",
-            types.c_str(), cells < asked.n_ctx ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
+            types.c_str(), cells < asked.n_ctx || make_policy_params(asked, 1).cuts ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
     chosen.is_less = cells < asked.n_ctx || k != params.type_k || v != params.type_v;
     chosen.config  = with_cells(cells);
     return chosen;
@@ -330,6 +331,15 @@ bytes_by_device bytes_of(const settings & config, const llama_memory_params & pa
             needed[owner_of(buft)].index_bytes += bytes;
         }
         for (const auto & [buft, bytes] : device_scorers(*scorer, largest_shapes(config), /*no_alloc*/ true).breakdown()) {
+            needed[owner_of(buft)].compute_bytes += bytes;
+        }
+    }
+    if (make_policy_params(config, 1).cuts) {
+        const auto rows = make_attention_rows(config, layers_with_cache(config, params).plain, params.type_k, /*no_alloc*/ true);
+        for (const auto & [buft, bytes] : rows->ring_bytes()) {
+            needed[owner_of(buft)].index_bytes += bytes;
+        }
+        for (const auto & [buft, bytes] : rows->room_bytes()) {
             needed[owner_of(buft)].compute_bytes += bytes;
         }
     }

@@ -11,6 +11,7 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
     scored.fold_in(); // they belong to rows that may change hands
     s.output = 0;
     s.rings.forget_from(tokens.records[s.records[begin]].pos); // queries of what goes, or of what would have seen it
+    s.newest.forget_from(tokens.records[s.records[begin]].pos);
     for (uint32_t i = begin; i < end; ++i) {
         const uint32_t id = s.records[i];
         tokens.records[id].users.reset(seq);
@@ -127,6 +128,7 @@ void sequence_ops::clear(bool data) {
     for (sequence & s : tokens.sequences) {
         forget_all(s);
         s.rings.forget_from(0);
+        s.newest.forget_from(0);
         s.trigger.clear();
         s.look.clear();
         s.output = 0;

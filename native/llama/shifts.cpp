@@ -76,6 +76,7 @@ void shifts::book(sequence & s, uint32_t begin, const std::vector<uint32_t> & id
         }
     }
     reorder(s);
+    s.newest.forget_from(0); // queries are of other positions
     for (uint32_t i = 0; i < s.n_tokens(); ++i) {
         groups.ranks_of(s.id).set_pinned(i, contains(s.pinned, tokens.records[s.records[i]].pos)); // pins are of positions
     }

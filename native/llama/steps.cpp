@@ -41,6 +41,7 @@ steps::split_batch steps::split(llama_batch_allocr & balloc, uint32_t n_ubatch_m
         throw error(ASRKF_INVALID_ARGUMENT, "the batch could not be split: tokens that belong to several sequences need one pool for all (kv_unified, -kvu)");
     }
     note_outputs(batch, int32_t(balloc.get_n_outputs()));
+    cuts.note(batch, prompt_follows);
     result.has_output = balloc.get_n_outputs() > 0 && !prompt_follows; // in the middle of a prompt there is one only by habit
     if (!prompt_follows) {
         if (std::optional<llama_ubatch> again = rewalk_of(result.ubatches, config, groups, tokens)) { // the outputs are those of the second time
@@ -148,13 +149,16 @@ void steps::read_entropy() {
     sampled.clear();
 }
 
-void steps::computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool output) {
+void steps::computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_last, bool output) {
     if (wants_entropy()) {
         sampled.fetch(ctx, res, ubatch);
     }
     tokens.rewalk_begin = -1;
     tokens.in_flight.clear();
     output_pending = output;
+    if (is_last) {
+        cuts.make_due();
+    }
 }
 
 //
@@ -252,6 +256,7 @@ steps::placed steps::place(const llama_ubatch & ubatch, bool is_first, bool befo
     }
     book(ubatch, parts, step);
     scored.prepare(step.side, parts, before_rewalk);
+    cuts.prepare(step.queries, step.side.records, parts);
     record(before, ubatch, step.side.scores(), demands[0].why, is_first ? float(tokens.sequences[parts[0].seq].trigger.last()) : 0);
     return step;
 }
@@ -330,6 +335,7 @@ steps::placed steps::place_rewalk(const llama_ubatch & ubatch) {
     part again = { s.id, std::vector<uint32_t>(n), 0 };
     std::iota(again.tokens.begin(), again.tokens.end(), 0);
     scored.prepare(step.side, { again }, false);
+    cuts.prepare(step.queries, step.side.records, { again });
     counted.rewalks_total++;
     counted.rewalked_tokens_total += n;
     record(before, ubatch, false, occasion::prompt_end, 0);

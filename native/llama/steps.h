@@ -3,6 +3,7 @@
 #pragma once
 
 #include "llama/outputs.h"
+#include "llama/prompt_cut.h"
 #include "llama/scores.h"
 
 #include "llama-batch.h"
@@ -11,8 +12,9 @@ namespace asrkf {
 
 class steps {
 public:
-    steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted, const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), budget(budget), sampled(config.n_seq_max) {}
+    steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, prompt_cuts & cuts, counters & counted,
+            const host_budget & budget)
+        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), cuts(cuts), counted(counted), budget(budget), sampled(config.n_seq_max) {}
 
     // A batch in steps that fit the pools. rewalks: the last step is the end of the prompt once more. Throws error where it can
     // never fit; no token has changed then, but the last output's entropy has been read, and the sequences' shares may be
@@ -28,6 +30,7 @@ public:
     struct placed {
         std::vector<llama_kv_cache::slot_info> slots; // by group
         side_step                              side;
+        kept_queries                           queries;
     };
     // is_first: of the call. before_rewalk: the prompt's end scores.
     placed place(const llama_ubatch & ubatch, bool is_first, bool before_rewalk);
@@ -39,8 +42,8 @@ public:
     placed place_look(const llama_ubatch & ubatch, side_step side);
     // There are more tokens than cells: from then on any cell may be taken, and attention goes over all, so that graphs stay.
     bool   overflows(const group & g, const llama_kv_cache::slot_info & slot) const;
-    // output: the call's last step is computed, and has one.
-    void   computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool output);
+    // is_last: of the call. output: it is, and has one.
+    void   computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_last, bool output);
 
     void clear() { output_pending = false; }
     void set_fault(const std::string & text) { fault = text; } // why every decode must fail
@@ -77,6 +80,7 @@ private:
     token_table &       tokens;
     transfers &         moves;
     scores &            scored;
+    prompt_cuts &       cuts;
     counters &          counted;
     const host_budget & budget;
     bool                output_pending = false; // the last call had an output row

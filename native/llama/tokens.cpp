@@ -6,7 +6,7 @@
 namespace asrkf {
 
 sequence::sequence(const asrkf_config & config, uint32_t id, const ranges & pinned)
-    : id(id), rings(config.score_queries, id*(config.score_queries + PROMPT_END_QUERIES)),
+    : id(id), rings(config.score_queries, id*(config.score_queries + PROMPT_END_QUERIES)), newest(config.rows, id*config.rows),
       trigger(recovery_kind(config.recovery), trigger_kind(config.trigger), config.trigger_share, 2*config.interval, config.seed),
       look(look_trigger_kind(config.look_trigger), config.look_share, config.seed), pinned(pinned) {}
 

@@ -9,6 +9,7 @@
 #include "policy/entropy.h"
 #include "policy/occasions.h"
 #include "policy/second_look.h"
+#include "scoring/query_ring.h"
 #include "scoring/query_rings.h"
 #include "scoring/seen_rows.h"
 
@@ -30,6 +31,7 @@ struct sequence {
     const uint32_t        id;
     std::vector<uint32_t> records;         // by token, in order of position
     query_rings           rings;
+    query_ring            newest;          // of all layers, for cuts
     seen_rows             seen;            // of the index, at its last scoring: cleared where tokens get other numbers or records
     recovery_trigger      trigger;
     occasions             why;

@@ -1,5 +1,5 @@
-// The budget driver, of `asrkf` and the controls `window` and `random`: which tokens of the history get the cells that are
-// left beside protected and new tokens. Four kinds are chosen in turn, while there is room:
+// The budget driver, of `asrkf`, of the controls `window` and `random`, and of `refreekv` between its cuts: which tokens of the
+// history get the cells that are left beside protected and new tokens. Four kinds are chosen in turn, while there is room:
 // 0. what was active when a state was saved; 1. what the newest queries ask for, in whole blocks; 2. a small share for tokens
 // whose timer ended; 3. the rest by score. Who is active and not chosen is frozen.
 //
@@ -292,7 +292,7 @@ std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32
 // changes places with the worst active one, and so on as long as it is the better of the two. Without recall frozen tokens
 // only get what active ones leave.
 void policy::choice::take_best() {
-    const size_t n_leave   = n_judged > left ? n_judged - left : 0, n_room = left > n_judged ? left - n_judged : 0;
+    const size_t n_leave   = n_judged > left ? n_judged - left : 0, n_room = left > n_judged && !p.params.cuts ? left - n_judged : 0;
     const size_t n_compete = p.params.recall ? n_recalls : 0;
     const size_t n_looked_at = n_leave + (n_compete > n_room ? n_compete - n_room : 0);
     const std::vector<ranked> going = worst_active(std::min(n_judged, n_looked_at), n_leave);

@@ -25,7 +25,7 @@ struct field {
     const char * doc;
 };
 
-const char * const policy_choices = "full|asrkf|paper|window|random|flag-all";
+const char * const policy_choices = "full|asrkf|paper|window|random|flag-all|refreekv";
 
 #define AT(member) offsetof(asrkf_config, member)
 // The table. The Python dataclass and docs/policy.md are checked against it.
@@ -56,6 +56,10 @@ const field table[] = {
     { "timer_share", REAL, AT(timer_share), "", 0, 0.5, "part of the pool for tokens that are back because their timer ended" },
     { "timer_grace", INTEGER, AT(timer_grace), "", 1, 1024, "decisions that such a token stays before it is judged again" },
     { "tau", REAL, AT(tau), "", 0, 1e9, "threshold of the paper preset: tokens that score less are flagged" },
+    { "tolerance", REAL, AT(tolerance), "", 0, 1, "of refreekv: the part of the last query's attention norm that a cut may take from a layer" },
+    { "rows", INTEGER, AT(rows), "", 1, 64, "of refreekv: the newest queries whose attention is averaged for it" },
+    { "order", CHOICE, AT(order), "position|relevance", 0, 0, "of refreekv: who goes first: the oldest tokens, or those with the lowest scores" },
+    { "repeat", INTEGER, AT(repeat), "", 0, 1 << 20, "of refreekv: tokens that are generated between two cuts; 0: where a prompt ends, and never again" },
     { "block", INTEGER, AT(block), "", 8, 256, "positions in a block, the unit of sealing" },
     { "pinned", TEXT, AT(pinned), "", 0, 0, "position ranges that are never frozen, \"0-128+512-640\", ends excluded" },
     { "host_limit", BYTES, AT(host_limit), "", 0, 1e18, "most bytes of the host store (8GiB); 0: no limit" },
@@ -321,13 +325,19 @@ static void apply_preset(asrkf_config & c) {
             c.rewalk_tokens = 0;
             c.softness      = 2;
             break;
+        case ASRKF_POLICY_REFREEKV: // the paper keeps its last token, whatever the rule says
+            c.window        = 1;
+            c.recall        = RECALL_OFF;
+            c.rewalk_tokens = 0;
+            c.timer_share   = 0;
+            break;
         default:
             break;
     }
 }
 
 asrkf_config config_default(int32_t policy) {
-    if (policy < ASRKF_POLICY_FULL || policy > ASRKF_POLICY_FLAG_ALL) {
+    if (policy < ASRKF_POLICY_FULL || policy > ASRKF_POLICY_REFREEKV) {
         invalid(format("policy %d is unknown", policy));
     }
     asrkf_config c = {};
@@ -351,10 +361,12 @@ asrkf_config config_default(int32_t policy) {
     c.timer_share   = policy == ASRKF_POLICY_ASRKF ? 0.0f : 0.1f; // with recall no token waits for a timer
     c.timer_grace   = 4;
     c.tau           = 0;
+    c.tolerance     = 0.01f;
+    c.rows          = 1;
     c.block         = 32;
     c.moves         = MOVES_AUTO;
     c.state         = STATE_OWN;
-    set_text(c.layers, policy == ASRKF_POLICY_ASRKF ? "each" : "shared"); // the controls and the paper have one set
+    set_text(c.layers, policy == ASRKF_POLICY_ASRKF || policy == ASRKF_POLICY_REFREEKV ? "each" : "shared"); // the controls and the paper have one set
     set_text(c.score_layers, "auto");
     apply_preset(c);
     return c;
@@ -424,7 +436,7 @@ std::string config_format(const asrkf_config & config) {
 }
 
 void config_check(const asrkf_config & config) {
-    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_FLAG_ALL) {
+    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_REFREEKV) {
         invalid(format("policy %d is unknown", config.policy));
     }
     for (const auto & f : table) {
@@ -473,6 +485,9 @@ void config_check(const asrkf_config & config) {
     const bool by_threshold = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
     if (config.recovery == RECOVERY_SECOND_LOOK && (config.score != SCORE_ATTENTION || config.recall == RECALL_OFF || by_threshold)) {
         invalid("recovery=second_look restores the frozen tokens that a query attends to: it needs asrkf with score=attention, and recall=exact or mean_key");
+    }
+    if (config.order == ORDER_RELEVANCE && config.score != SCORE_ATTENTION && config.score != SCORE_MAGNITUDE) {
+        invalid("order=relevance goes by scores, and this score gives none: use score=attention or order=position");
     }
     if (has_groups && n_sizes > 0) {
         invalid("layers with pools of their own (\"0-8@512/9-29@1024\") leave no use for pool: drop one of the two");

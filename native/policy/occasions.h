@@ -35,6 +35,32 @@ private:
     int32_t  reset_pos = -1;             // and where it came
 };
 
+// When a sequence is cut (refreekv): where a prompt ends, and then every `repeat` tokens. A prompt ends with the only output of a call,
+// at its last token, if tokens without an output came before it.
+class cut_times {
+public:
+    struct call {
+        uint32_t n_tokens = 0, n_outputs = 0;
+        bool     ends_with_output = false;
+    };
+    // Is a cut due once this call is computed? To be asked once a call; repeat 0: never.
+    bool is_due(const call & c, uint32_t repeat) {
+        n_unsaid += c.n_tokens;
+        n_since += c.n_tokens;
+        if (!c.ends_with_output) {
+            return false;
+        }
+        const bool due = (n_unsaid >= 2 && c.n_outputs == 1) || (repeat > 0 && n_since >= repeat);
+        n_unsaid = 0;
+        n_since  = due ? 0 : n_since;
+        return due;
+    }
+
+private:
+    uint32_t n_unsaid = 0; // tokens since the last output
+    uint32_t n_since  = 0; // and since the last cut
+};
+
 // Of the sequences that are due, in the order of the batch, as many as the queries of one scoring step serve; at least one.
 // The others are still due at the next step.
 inline std::vector<uint32_t> choose_scored(std::vector<uint32_t> due, uint32_t score_queries, uint32_t most_queries) {

@@ -27,7 +27,11 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.interval    = config.interval;
     p.block       = config.block;
     p.threshold   = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
-    p.score       = score_kind(config.score);
+    p.cuts        = config.policy == ASRKF_POLICY_REFREEKV;
+    p.cuts_by_score = p.cuts && config.order == ORDER_RELEVANCE;
+    p.tolerance   = config.tolerance;
+    // by position nobody asks for scores, and the bound is kept as a plain window keeps it
+    p.score       = p.cuts && !p.cuts_by_score && config.recall == RECALL_OFF ? SCORE_RECENCY : score_kind(config.score);
     p.ema         = config.ema;
     p.hysteresis  = config.hysteresis;
     p.recall      = config.recall != RECALL_OFF && !p.threshold && p.wants_scores();
@@ -45,7 +49,7 @@ uint64_t policy::required_cells(const policy_params & params, uint32_t n_ubatch,
     return uint64_t(params.sinks) + params.window + n_pinned + std::min(n_ubatch, params.block) + 2ull*params.block;
 }
 
-uint32_t policy::max_ubatch() const { return std::max(params.block, params.window / 2); }
+uint32_t policy::max_ubatch() const { return std::max(params.block, params.cuts ? params.pool_cells / 4 : params.window / 2); }
 
 void policy::resize(uint32_t pool_cells) {
     if (pool_cells == params.pool_cells) {
@@ -197,14 +201,15 @@ bool policy::scores_due(uint32_t n_new) const {
         return false;
     }
     // a pool with room for this step, one like it, and a few decisions more has nothing to choose yet
-    return params.threshold || n_tokens() + 2ull*n_new + 8ull*params.interval > params.pool_cells;
+    return params.threshold || params.cuts || n_tokens() + 2ull*n_new + 8ull*params.interval > params.pool_cells;
 }
 
 plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) const {
     plan result;
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_to_choose = n_frozen() == 0 && !params.threshold && n_free >= int64_t(n_new) + params.interval;
+    const bool nothing_comes = n_frozen() == 0 || (params.cuts && !params.recall);
+    const bool nothing_to_choose = nothing_comes && !params.threshold && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }

@@ -6,7 +6,7 @@
 // the oldest). A decision is prepared by decide(), which changes nothing, and takes effect by commit(), after the engine
 // has moved the bytes. What a decision costs goes by the tokens near its threshold, and by words of 64 tokens for the rest.
 //
-// Two drivers:
+// Three drivers:
 // - budget (asrkf and the controls window and random): every `interval` tokens keep the best-scored history that fits
 //   beside sinks, window and the tokens to come; freeze the rest. With recall, frozen tokens have fresh scores, too:
 //   a share of the history's cells goes to the blocks that the newest queries ask for, the rest to the best averages.
@@ -16,9 +16,12 @@
 // - threshold (paper and the control flag-all; arXiv 2512.11221): at every check, flag what scores below tau, c += 1,
 //   freeze for floor(sqrt(c)/k) checks, then judge anew. The pool is still a hard bound: what does not fit is frozen,
 //   lowest score first. When c is reset is not published: here it never is while the token lives.
+// - cut (refreekv): where a prompt ends, by its last query's attention (norm_cut.h). Between cuts the budget driver only keeps
+//   the bound: nothing comes back because there is room.
 #pragma once
 
 #include "policy/config.h"
+#include "policy/norm_cut.h"
 #include "policy/ranking.h"
 
 #include <algorithm>
@@ -46,6 +49,9 @@ struct policy_params {
     float      timer_share   = 0;
     uint32_t   timer_grace   = 1;
     float      tau           = 0;
+    bool       cuts          = false; // the driver of refreekv
+    bool       cuts_by_score = false; // the lowest scores go first, not the oldest tokens
+    float      tolerance     = 0;
     uint32_t   seed          = 0;
     bool       heeds_pins    = true;
 
@@ -87,7 +93,8 @@ public:
     // Cells that must fit beside each other in the smallest legal pool: sinks + window + pinned + one batch + two blocks.
     static uint64_t required_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned);
 
-    // Longest step to let through: half a window, so that every new token sees at least half a window of its past.
+    // Longest step to let through: half a window, so that every new token sees at least half a window of its past; with cuts,
+    // whose window may be one token, what that would be if the window were half of the pool.
     uint32_t max_ubatch() const;
 
     // The cells to decide about from now on.
@@ -126,6 +133,9 @@ public:
     // never fit; changes nothing. Anything but occasion::step decides in any case.
     // frugal: freeze no token for the sake of another, so that as little as possible is frozen.
     plan decide(uint32_t n_new, int32_t pos_new, occasion why = occasion::step, bool frugal = false) const;
+    // The cut where a prompt ends, its last token before pos_end: what is to be measured; and then what to do. Changes nothing.
+    norm_cut cut_before(int32_t pos_end) const;
+    plan     decide_cut(const norm_cut & measured, int32_t pos_end, cut_result & out) const;
     void commit(const plan & done);
     // The step's tokens have been inserted.
     void advance(uint32_t n_new) { tokens_since_decide += n_new; }

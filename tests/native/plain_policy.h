@@ -259,14 +259,15 @@ inline bool plain_policy::scores_due(uint32_t n_new) const {
         return false;
     }
     // a pool with room for this step, one like it, and a few decisions more has nothing to choose yet
-    return params.threshold || n_tokens() + 2ull*n_new + 8ull*params.interval > params.pool_cells;
+    return params.threshold || params.cuts || n_tokens() + 2ull*n_new + 8ull*params.interval > params.pool_cells;
 }
 
 inline plan plain_policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) const {
     plan result;
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_to_choose = frozen_count == 0 && !params.threshold && n_free >= int64_t(n_new) + params.interval;
+    const bool nothing_comes = frozen_count == 0 || (params.cuts && !params.recall);
+    const bool nothing_to_choose = nothing_comes && !params.threshold && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }
@@ -513,6 +514,7 @@ inline void plain_policy::choice::take_timers() {
 
 // With recall all compete, otherwise frozen tokens only get what active ones leave.
 inline void plain_policy::choice::take_best() {
+    const size_t n_most = p.params.cuts ? std::min(left, judged.size()) : left; // after a cut none comes for the sake of room
     std::vector<uint32_t> waiting = expired;
     waiting.insert(waiting.end(), resting.begin(), resting.end());
     if (p.params.recall) {
@@ -521,14 +523,14 @@ inline void plain_policy::choice::take_best() {
         judged.insert(judged.end(), waiting.begin(), waiting.begin() + std::ptrdiff_t(n));
         waiting.erase(waiting.begin(), waiting.begin() + std::ptrdiff_t(n));
     }
-    select_best(judged, left, better());
-    judged.resize(std::min(left, judged.size()));
+    select_best(judged, n_most, better());
+    judged.resize(std::min(n_most, judged.size()));
     for (const uint32_t i : judged) {
         take(i, is_step() || why == occasion::prompt_end ? cause::recall : cause::recovery);
     }
     // room to spare (the sequence was cut back, or a long prompt step is over): the best frozen tokens return
     select_best(waiting, left, better());
-    for (size_t i = 0; left > 0 && i < waiting.size(); ++i) {
+    for (size_t i = 0; left > 0 && !p.params.cuts && i < waiting.size(); ++i) {
         take(waiting[i], cause::refill);
     }
 }

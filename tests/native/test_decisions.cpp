@@ -333,6 +333,12 @@ TEST(controls, "the controls decide as the plain policy does") {
     live_often("random,timer_share=0.3,timer_grace=1,softness=1");
 }
 
+TEST(between_cuts, "between the cuts of refreekv only the bound is kept, as the plain policy keeps it") {
+    live_often("refreekv,window=32");
+    live_often("refreekv,window=16,order=relevance");
+    live_often("refreekv,window=32,recall=exact");
+}
+
 TEST(threshold, "the paper's threshold decides as the plain policy does") {
     live_often("paper,tau=0.01,window=32");
     live_often("paper,tau=0.2,window=16,softness=0.5");
