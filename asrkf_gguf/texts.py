@@ -37,10 +37,8 @@ def load_texts(given: Iterable[str]) -> dict[str, str]:
             raise ValueError(f"--text {argument}: expected NAME=FILE, such as novel=emma.txt, or one of {', '.join(PACKAGES)}")
         if name in texts:
             raise ValueError(f"--text {argument}: the name {name!r} is given twice")
-        if not equals:
-            texts[name] = default_text(name)
-            continue
-        texts[name] = topics() if file == "topics" else Path(file).read_text(encoding="utf-8", errors="replace")
+        made = {"topics": topics, "arithmetic": arithmetic}.get(file)
+        texts[name] = default_text(name) if not equals else made() if made else Path(file).read_text(encoding="utf-8", errors="replace")
     return texts or {name: default_text(name) for name in PACKAGES}
 
 
@@ -49,6 +47,20 @@ def topics() -> str:
     import pydoc_data.topics
 
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
+
+
+def arithmetic() -> str:
+    """Worked problems of addition and subtraction, the same each time: short prompts whose every number may matter."""
+    chance = random.Random(1)
+    problems = []
+    for _ in range(200):
+        name, things = chance.choice(("Anna", "Ben", "Clara", "David")), chance.choice(("apples", "books", "coins", "stamps"))
+        has, gets, gives = chance.randint(10, 60), chance.randint(5, 40), chance.randint(2, 14)
+        problems.append(
+            f"Question: {name} has {has} {things}, buys {gets} more and gives {gives} away. How many {things} does {name} have?\n"
+            f"Answer: {has} + {gets} = {has + gets}. {has + gets} - {gives} = {has + gets - gives}. The answer is {has + gets - gives}."
+        )
+    return "\n\n".join(problems)
 
 
 def default_text(name: str) -> str:

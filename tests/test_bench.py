@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,7 +227,8 @@ def bench_command(tmp_path, monkeypatch):
     model, text = tmp_path / "model.gguf", tmp_path / "text.txt"
     model.write_bytes(b"GGUF")
     text.write_text("".join(f"This is the sentence {i} of a text. " for i in range(2000)))
-    stats = dict.fromkeys((*quality.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0) | {"frozen_cells": 1}
+    stats = dict.fromkeys((*quality.FIGURES, "moved_to_host_bytes", "moved_to_device_bytes", "pool_cells"), 0)
+    stats |= {"frozen_cells": 1, "kept_ratio": 0.5, "enough_cells": 512}
     for name, function in (("get_logits_ith", lambda ctx, _: ctx.logits()), ("get_memory", lambda ctx: ctx), ("memory_clear", lambda *_: None)):
         monkeypatch.setattr(llama_cpp, f"llama_{name}", function)
     for module in (quality, looks):
@@ -272,6 +274,22 @@ def test_sides_begin_from_one_prompt_and_are_compared_with_the_first(bench_comma
     assert bench_command(*words) == rows and FakeLlama.read == 0
     more = bench_command(*words, "--side", "other=asrkf,pool=0.5")
     assert [row["side"] for row in more] == ["none", "look", "other"] and FakeLlama.read == 64 + 64
+
+
+def test_rows_of_cuts_say_what_was_kept_and_share_the_reference_with_quality(bench_command):
+    words = ("--length", "1024", "--positions", "64", "--side", "one=refreekv,pool=1.0")
+    rows = bench_command("cuts", *words)
+    assert [(row["side"], row["kept_ratio"], row["enough_cells"]) for row in rows] == [("full-f16", "", ""), ("one", "0.5", "512")]
+    assert "kept_ratio" not in bench_command("quality", *words)[1] and FakeLlama.read == 1024
+
+
+def test_worked_problems_are_right():
+    problems = texts.arithmetic().split("\n\n")
+    assert len(problems) == 200 and texts.load_texts(["a=arithmetic"]) == {"a": texts.arithmetic()}
+    for problem in problems:
+        has, gets, total, total_again, gives, left, answer = map(int, re.findall(r"\d+", problem.split("Answer: ")[1]))
+        assert has + gets == total == total_again and total - gives == left == answer
+        assert [str(n) for n in (has, gets, gives)] == re.findall(r"\d+", problem.split("Answer: ")[0])
 
 
 def test_needles_are_asked_once_and_fit_the_context(bench_command):

@@ -10,7 +10,7 @@ from ..texts import NEEDLE_TASKS
 from .looks import looks
 from .needles import needles
 from .plots import plot
-from .quality import quality
+from .quality import cuts, quality
 from .sides import default_sides
 from .speed import prefill, speed
 from .tables import table, table_of_equal_bytes, table_of_looks, tables_of_quality, tables_of_readme
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         return command
 
     _add_quality(add("quality", "perplexity and KL against the full cache", quality))
+    _add_quality(add("cuts", "the same of refreekv, with what its cuts kept: name sides such as 1%%=refreekv,pool=1.0,tolerance=0.01", cuts))
     _add_needles(add("needles", "facts found in long prompts", needles))
     _add_plot(add("plot", "a picture of rows, or of a run", plot))
     if in_checkout:
@@ -49,7 +50,7 @@ def _add_texts(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     command.add_argument("--text", action="append", default=[], metavar="NAME=FILE",
                          help="repeatable; default: sawyer (a novel), essay and technical, out of Debian packages, each of which can be named "
-                         "alone; NAME=topics: Python's reference")
+                              "alone; NAME=topics: Python's reference; NAME=arithmetic: worked problems")
     command.add_argument("--pool", default="0.33", help="of the default sides: part of the length, or cells (default 0.33)")
     command.add_argument("--positions", type=int, default=512, help="last tokens of a text, decoded as if generated (default 512)")
     command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
@@ -99,6 +100,6 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("positions", "threads", "chunk", "passages", "needles", "depth", "rounds", "tokens"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: at least 1")
-    if arguments.what in ("quality", "needles"):
+    if arguments.what in ("quality", "cuts", "needles"):
         arguments.length = arguments.length or [4096]
     return arguments.bench_function(arguments)

@@ -33,18 +33,24 @@ QUALITY = [*DESCRIPTION, "text", "length", "positions", "passages", "chunk", "si
 class Quality:
     """One run of `quality`: sides by lengths by texts; one context per side and length."""
 
+    file = "quality.csv"
+    more_figures: tuple[str, ...] = ()
+    """Of kv_stats(), beside FIGURES."""
+
     def __init__(self, arguments: argparse.Namespace, texts: dict[str, str], sides: list[Side]) -> None:
         self.arguments, self.texts, self.sides = arguments, texts, sides
         self.folder = cache_folder() / "bench"
         self.folder.mkdir(exist_ok=True)
-        self.table = Table(arguments.out or results_file("quality.csv"), QUALITY, arguments.again)
+        self.table = Table(arguments.out or results_file(self.file), [*QUALITY[:-1], *self.more_figures, QUALITY[-1]], arguments.again)
         self.description = describe(arguments)
         self.rows: list[dict[str, Any]] = []
 
     def run_of(self, side: Side, length: int, text: str) -> str:
         arguments = self.arguments
         digest = hashlib.sha256(self.texts[text].encode()).hexdigest()
-        return run_key(side, length, arguments, text=digest, positions=arguments.positions, passages=arguments.passages, chunk=arguments.chunk)
+        more = {"figures": self.more_figures} if self.more_figures and side != REFERENCE else {}
+        more = {**more, "positions": arguments.positions, "passages": arguments.passages, "chunk": arguments.chunk}
+        return run_key(side, length, arguments, text=digest, **more)
 
     def paths(self, side: Side, length: int, text: str) -> tuple[Path, Path]:
         """Of the record, and (of the reference only) of the matrix of log probabilities."""
@@ -88,11 +94,12 @@ class Quality:
         if keep is not None:
             keep.flush()
             part.rename(matrix_path)
+        more = self.more_figures if side != REFERENCE else ()  # the reference's record serves every kind
         reference_record = load_record(self.paths(REFERENCE, length, text)[0]) if side != REFERENCE else None
         reference_nll = reference_record["nll"] if reference_record else measured.nll
         decoded = arguments.passages * arguments.positions
         figures = {
-            **{key: measured.stats[key] for key in FIGURES if key in measured.stats},
+            **{key: measured.stats[key] for key in (*FIGURES, *more) if key in measured.stats},
             **summarise(reference_nll, measured.nll, measured.kl, measured.agree),
             "moved_bytes_per_token": measured.moved_bytes / decoded, "restored_bytes_per_token": measured.restored_bytes / decoded,
             "rewalks": measured.rewalks, "decode_seconds_per_token": measured.seconds_per_token,
@@ -104,6 +111,13 @@ class Quality:
         }  # fmt: skip
         save_record(record_path, measured, row)
         self.table.add(row)
+
+
+class Cuts(Quality):
+    """The same of `refreekv`, with what it kept of the prompt of the last passage."""
+
+    file = "refreekv.csv"
+    more_figures = ("kept_ratio", "enough_cells")
 
 
 def pooled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,7 +138,11 @@ def pooled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(result, key=lambda line: (line["length"], line["device_bytes"], line["kl"]))
 
 
-def quality(arguments: argparse.Namespace) -> int:
+def cuts(arguments: argparse.Namespace) -> int:
+    return quality(arguments, Cuts)
+
+
+def quality(arguments: argparse.Namespace, kind: type[Quality] = Quality) -> int:
     if arguments.positions % arguments.chunk:
         raise ValueError(f"--positions {arguments.positions} is no multiple of --chunk {arguments.chunk}")
     sides = chosen_sides(arguments)
@@ -135,7 +153,7 @@ def quality(arguments: argparse.Namespace) -> int:
                     f"--positions {arguments.positions} leaves {side.name} nothing to read first of {min(length, side.n_ctx(length))} tokens: "
                     "lower --positions or raise --length or the pool"
                 )
-    run = Quality(arguments, load_texts(arguments.text), sides)
+    run = kind(arguments, load_texts(arguments.text), sides)
     run.run()
     lines = [
         [line["length"], line["side"], line["device_bytes"] / MIB, line["kl"], line["ppl_ratio"], line["top1"], line["worst"], line["worst_kl"]]
