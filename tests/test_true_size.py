@@ -69,3 +69,18 @@ def test_random_weights_have_the_spread_that_was_asked_for(tmp_path):
             values = gguf.dequantize(tensor.data[:256], tensor.tensor_type)
             assert np.std(values) == pytest.approx(256**-0.5 * (1.5 if "attn_q" in tensor.name else 1), rel=0.05)
             assert len(np.unique(tensor.data[:256].reshape(-1, 18)[:, 2:], axis=0)) > 500  # not one block again and again
+
+
+def test_committed_rows_show_it():
+    path = ROOT / "results/true_size.csv"
+    rows = {row["side"]: row for row in csv.DictReader(path.open())}
+    assert int(rows["pool 2048"]["frozen_cells"]) > 0 and int(rows["pool 2048"]["full_kv_bytes"]) == 16 * GIB
+    assert f"failed to allocate buffer of size {16 * GIB}" in rows["upstream"]["outcome"] and rows["pool 8192"]["outcome"] == "loaded"
+    for row in rows.values():
+        assert all(row[key] for key in ("commit", "machine", "model", "command", "config", "limit_bytes")) and "+changes" not in row["commit"]
+
+
+def test_the_table_of_the_document_is_made_from_the_rows():
+    made = subprocess.run([sys.executable, str(ROOT / "scripts/true_size"), "--table"], capture_output=True, text=True, check=True).stdout.strip()
+    text = (ROOT / "docs/results.md").read_text()
+    assert text.split("<!-- true size: scripts/true_size --table -->")[1].split("<!-- end of true size -->")[0].strip() == made
