@@ -348,6 +348,7 @@ def test_missed_attention_is_seen_in_stats_and_trace(load, smollm2, text):
             for token in tokens[1500:]:
                 llm.eval([token])
         stats = llm.kv_stats()
+        assert stats.scoring_backend == "graph"
         assert trace.steps[-1]["missed_attention_ratio"] == stats.missed_attention_ratio
         assert trace.steps[-1]["missed_attention_worst_ratio"] == stats.missed_attention_worst_ratio
         assert all(0 < step["missed_attention_ratio"] < step["missed_attention_worst_ratio"] <= 1.0001 for step in trace.steps)
