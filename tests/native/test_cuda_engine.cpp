@@ -90,7 +90,7 @@ struct setting { const char * policy; uint32_t n_seq; };
 TEST(decisions, "decisions are those of the portable graph, but for ties within its rounding, and so is missed attention") {
     for (const setting & s : { setting { "asrkf,layers=0@512/1@768,window=64,index=f16", 1 }, { "asrkf,pool=512,layers=shared,window=64,rewalk_tokens=32,index=f16", 1 },
             { "asrkf,pool=1024,layers=shared,window=64,index=f16", 2 }, { "asrkf,pool=512,layers=shared,window=64,recall=mean_key,index=f16", 1 },
-            { "paper,pool=512,layers=shared,window=64,index=f16", 1 } }) {
+            { "asrkf,pool=512,layers=shared,window=64,recovery=second_look,look_share=0.25,index=f16", 1 }, { "paper,pool=512,layers=shared,window=64,index=f16", 1 } }) {
         const context cuda = make(s.policy, true, s.n_seq), graph = make(s.policy, false, s.n_seq);
         std::vector<llama_seq_id> seqs;
         for (uint32_t seq = 0; seq < s.n_seq; ++seq) { seqs.push_back(llama_seq_id(seq)); }
@@ -112,6 +112,7 @@ TEST(decisions, "decisions are those of the portable graph, but for ties within 
         std::printf("%s: of what is frozen by one or the other, %.4f is by both; missed attention %.5f and %.5f, worst head %.5f and %.5f\n", s.policy, least,
                 double(found.missed_attention_ratio), double(wanted.missed_attention_ratio), double(found.missed_attention_worst_ratio), double(wanted.missed_attention_worst_ratio));
         CHECK(least > 0.99);
+        CHECK(found.second_looks_total == wanted.second_looks_total && (found.second_looks_total > 0) == (std::string(s.policy).find("second_look") != std::string::npos));
         CHECK(found.scoring_steps_total == wanted.scoring_steps_total && found.scoring_steps_total > 0 && found.decisions_total == wanted.decisions_total);
         CHECK(std::abs(found.missed_attention_ratio - wanted.missed_attention_ratio) < 0.01f);
         CHECK(std::abs(found.missed_attention_worst_ratio - wanted.missed_attention_worst_ratio) < 0.01f);
