@@ -72,7 +72,7 @@ group_context::group_context(const memory_context & whole, group & g, std::vecto
 
 void group_context::set_slot(llama_kv_cache::slot_info slot, bool overflows) {
     sinfos[i_cur] = std::move(slot);
-    n_kv          = overflows ? kv->get_size() : kv->get_n_kv(sinfos[i_cur]);
+    n_kv          = overflows ? kv->get_size() : static_cast<const group_cache &>(*kv).n_kv(sinfos[i_cur]);
 }
 
 void group_context::set_input_kq_mask(ggml_tensor * dst, const llama_ubatch * ubatch, bool causal_attn) const {

@@ -10,6 +10,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace asrkf {
 
@@ -31,11 +32,16 @@ uint64_t group_cache::device_bytes() const {
 }
 
 uint32_t group_cache::n_used() const {
-    uint32_t n = 0;
-    for (const auto & cells : v_cells) {
-        n += cells.get_used();
+    return std::accumulate(taken.begin(), taken.end(), 0u, [](uint32_t n, const token_set & cells) { return n + cells.n_in(); });
+}
+
+uint32_t group_cache::n_kv(const slot_info & slot) const {
+    const uint32_t unit = std::max(n_pad, 256u);
+    uint32_t n = unit;
+    for (const llama_seq_id stream : slot.strm) {
+        n = std::max(n, (taken[size_t(stream)].end() + unit - 1) / unit*unit);
     }
-    return n;
+    return std::min(n, get_size());
 }
 
 std::vector<token_set> group_cache::none(uint32_t n) const {
@@ -46,28 +52,42 @@ std::vector<token_set> group_cache::none(uint32_t n) const {
 
 bool group_cache::take_out(uint32_t cell, uint32_t seq) {
     const uint32_t stream = cell / get_size(), i = cell % get_size();
-    active[seq].put(i, false);
-    if (!v_cells[stream].seq_rm(i, llama_seq_id(seq))) {
-        return false;
+    if (keeps_books) {
+        v_cells[stream].seq_rm(i, llama_seq_id(seq));
     }
-    taken[stream].put(i, false);
-    return true;
+    active[seq].put(i, false);
+    const bool is_free = --n_sequences[cell] == 0;
+    taken[stream].put(i, !is_free);
+    return is_free;
 }
 
 void group_cache::put_in(uint32_t cell, llama_pos pos, llama_token token) {
-    llama_kv_cell_ext ext;
-    ext.tok = token;
-    v_cells[cell / get_size()].pos_set(cell % get_size(), pos);
-    v_cells[cell / get_size()].ext_set(cell % get_size(), ext);
-    taken[cell / get_size()].put(cell % get_size(), true);
+    const uint32_t stream = cell / get_size(), i = cell % get_size();
+    if (keeps_books) {
+        llama_kv_cell_ext ext;
+        ext.tok = token;
+        v_cells[stream].pos_set(i, pos);
+        v_cells[stream].ext_set(i, ext);
+    }
+    taken[stream].put(i, true);
 }
 
 void group_cache::activate(uint32_t cell, uint32_t seq) {
-    v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq));
+    if (keeps_books) {
+        v_cells[cell / get_size()].seq_add(cell % get_size(), llama_seq_id(seq));
+    }
+    set_active(cell, seq);
+}
+
+void group_cache::set_active(uint32_t cell, uint32_t seq) {
     active[seq].put(cell % get_size(), true);
+    n_sequences[cell]++;
 }
 
 void group_cache::move_to(uint32_t cell, llama_pos pos) {
+    if (!keeps_books) {
+        return;
+    }
     auto & cells = v_cells[cell / get_size()];
     const uint32_t i = cell % get_size();
     const auto sequences = cells.seq_get_all(i);
@@ -86,6 +106,7 @@ void group_cache::clear(bool data) {
     llama_kv_cache::clear(data);
     taken  = none(n_stream);
     active = none(n_seq_max);
+    n_sequences.assign(n_cells(), 0);
 }
 
 std::vector<uint32_t> group_cache::free_cells(size_t n, uint32_t seq) const {
@@ -119,21 +140,24 @@ llama_kv_cache::slot_info group_cache::find_free(const llama_ubatch & ubatch) co
 }
 
 void group_cache::apply(const slot_info & slot, const llama_ubatch & ubatch) {
-    apply_ubatch(slot, ubatch);
+    if (keeps_books) {
+        apply_ubatch(slot, ubatch);
+    }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const uint32_t cell = cell_at(slot, i);
         taken[cell / get_size()].put(cell % get_size(), true);
         for (int32_t s = 0; s < ubatch.n_seq_id[i]; ++s) {
-            active[size_t(ubatch.seq_id[i][s])].put(cell % get_size(), true);
+            set_active(cell, uint32_t(ubatch.seq_id[i][s]));
         }
     }
 }
 
 // What a sequence has active comes before the step's tokens, but for these.
 void group_cache::write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const {
-    if (makes_anew || !causal || mask->type != GGML_TYPE_F16 || swa_type != LLAMA_SWA_TYPE_NONE || hparams.use_alibi || ubatch.is_pos_2d()) {
+    if (keeps_books) {
         return set_input_kq_mask(mask, &ubatch, causal);
     }
+    GGML_ASSERT(mask->type == GGML_TYPE_F16); // that of flash attention
     static const ggml_fp16_t masked = ggml_fp32_to_fp16(-INFINITY);
     static const auto masks = [] { // of eight cells, by their bits
         std::array<std::array<ggml_fp16_t, 8>, 256> made;
@@ -144,20 +168,17 @@ void group_cache::write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, co
         }
         return made;
     }();
-    std::vector<uint32_t> cells;
+    const bool sees_later = !causal && hparams.non_causal_type != LLAMA_NON_CAUSAL_TYPE_SWA_ONLY;
+    const uint32_t n_kv = uint32_t(mask->ne[0]), n = uint32_t(slot.size()); // of a stream
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        cells.push_back(cell_at(slot, i));
-    }
-    const uint32_t n_kv = uint32_t(mask->ne[0]);
-    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const uint32_t seq = uint32_t(ubatch.seq_id[i][0]), first = stream_of(seq)*get_size();
+        const token_set & seen = active[size_t(ubatch.seq_id[i][0])];
         auto * row = static_cast<ggml_fp16_t *>(mask->data) + size_t(i)*n_kv;
         for (uint32_t cell = 0; cell < n_kv; cell += 8) {
-            std::memcpy(row + cell, masks[active[seq].word(cell / 64) >> (cell % 64) & 255].data(), sizeof(masks[0]));
+            std::memcpy(row + cell, masks[seen.word(cell / 64) >> (cell % 64) & 255].data(), sizeof(masks[0]));
         }
-        for (uint32_t later = 0; later < ubatch.n_tokens; ++later) {
-            if (ubatch.pos[later] > ubatch.pos[i] && cells[later] - first < n_kv) { // and of its stream
-                row[cells[later] - first] = masked;
+        for (uint32_t j = 0; !sees_later && j < n; ++j) { // of the step's tokens of this stream
+            if (ubatch.pos[i / n*n + j] > ubatch.pos[i]) {
+                row[slot.idxs[i / n][j]] = masked;
             }
         }
     }

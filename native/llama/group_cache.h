@@ -1,7 +1,12 @@
 // One group's cells and tensors: upstream's cache, whose cells we may also empty and fill one by one. What is a member of
 // llama_kv_cache and private upstream is used here and nowhere else.
+//
+// Which cells are taken, and which a sequence has active, stands in sets: slots and masks are questions about all cells, of all
+// groups, in each step. Upstream's own books of cells are search trees, and cost more than all else where many tokens move. They
+// are kept where upstream reads them only: for masks of sliding windows, ALiBi and positions with more than one number.
 #pragma once
 
+#include "common.h"
 #include "policy/token_set.h"
 
 #include "llama-kv-cache.h"
@@ -26,11 +31,12 @@ public:
     // Cells are numbered over all streams: tensors hold one stream's cells after the other's.
     uint32_t n_cells() const { return get_size()*n_stream; }
     uint32_t n_used() const;
+    uint32_t n_kv(const slot_info & slot) const; // get_n_kv(): cells that attention goes over
     uint32_t stream_of(uint32_t seq) const { return seq_to_stream[seq]; }
     uint32_t cell_at(const slot_info & slot, uint32_t i) const { return slot.strm[i / slot.size()]*get_size() + slot.idxs[i / slot.size()][i % slot.size()]; }
 
     bool     is_active(uint32_t cell, uint32_t seq) const { return active[seq].has(cell % get_size()); }
-    uint32_t n_active(uint32_t cell) const { return uint32_t(v_cells[cell / get_size()].seq_count(cell % get_size())); }
+    uint32_t n_active(uint32_t cell) const { return n_sequences[cell]; }
 
     // Out of a sequence's attention; true if no other has it active, so that the cell is free.
     bool take_out(uint32_t cell, uint32_t seq);
@@ -42,11 +48,10 @@ public:
 
     // n free cells where this sequence may have them, or fewer: the lowest, as attention costs up to the highest.
     std::vector<uint32_t> free_cells(size_t n, uint32_t seq) const;
-    // A slot of such cells; none if there are too few. find_slot() looks at cell after cell.
+    // A slot of such cells, never a taken one; none if there are too few. find_slot() looks at cell after cell.
     slot_info find_free(const llama_ubatch & ubatch) const;
-    void      apply(const slot_info & slot, const llama_ubatch & ubatch);
-    // set_input_kq_mask() of a step that is in this slot, from what each sequence has active: that one asks every cell.
-    void      write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const;
+    void      apply(const slot_info & slot, const llama_ubatch & ubatch); // apply_ubatch()
+    void      write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const; // set_input_kq_mask()
 
     // Rows [n] of layer il's K, as stored, to other positions: upstream's own K-shift (llama_kv_cache::build_graph_shift), on
     // the host, since most of them may be there. Throws error(ASRKF_MOVE_FAILED or ASRKF_INTERNAL).
@@ -54,10 +59,12 @@ public:
 
 private:
     std::vector<token_set> none(uint32_t n) const;
+    void set_active(uint32_t cell, uint32_t seq);
 
-    // What the cells say, too, for questions about all of them: which are taken, by stream, and which a sequence has active.
-    std::vector<token_set> taken  = none(n_stream);
-    std::vector<token_set> active = none(n_seq_max);
+    const bool             keeps_books = makes_anew || swa_type != LLAMA_SWA_TYPE_NONE || hparams.use_alibi || has_cell_ext();
+    std::vector<token_set> taken       = none(n_stream);  // by stream
+    std::vector<token_set> active      = none(n_seq_max); // by sequence, in its stream
+    std::vector<uint16_t>  n_sequences = std::vector<uint16_t>(n_cells(), 0); // by cell: that have it active
 };
 
 } // namespace asrkf

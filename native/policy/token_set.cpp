@@ -10,6 +10,15 @@ uint32_t token_set::count(uint32_t begin, uint32_t end) const {
     return sum;
 }
 
+uint32_t token_set::end() const {
+    for (uint32_t w = n_words(); w-- > 0; ) {
+        if (words[w]) {
+            return w*64 + 64 - uint32_t(__builtin_clzll(words[w]));
+        }
+    }
+    return 0;
+}
+
 void token_set::insert(uint32_t at, bool in) {
     words.resize((n + 64) / 64, 0);
     for (uint32_t w = n / 64; w > at / 64; --w) {

@@ -29,6 +29,7 @@ public:
         words[w] |= bits;
     }
     uint32_t count(uint32_t begin, uint32_t end) const; // of [begin, end)
+    uint32_t end() const;                               // behind the last
 
     void reserve(size_t n_more) { make_room(words, n_more / 64 + 1); }
     // Tokens come and go: those behind move up or down.
