@@ -57,6 +57,10 @@ def test_the_tables_of_quality_are_made_from_the_committed_rows():
     assert between(ROOT / "docs/results.md", "quality: scripts/bench quality-table", "end of quality") == made("quality-table")
 
 
+def test_the_table_of_second_looks_is_made_from_the_committed_rows():
+    assert between(ROOT / "docs/results.md", "looks: scripts/bench looks-table", "end of looks") == made("looks-table")
+
+
 def test_readmes_tables_are_made_from_the_committed_rows():
     gains, costs = made("readme-tables").split("\n\n")
     assert between(README, "gains: scripts/bench readme-tables", "end of gains") == gains
@@ -130,7 +134,7 @@ def test_the_picture_has_each_side_once_in_a_colour_of_its_own_with_its_error():
     assert len(set.union(*colours.values())) == len(colours) > 10
 
 
-@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv"])
+@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv", "second_look.csv"])
 def test_every_row_of_quality_names_commit_machine_model_command_and_config(name):
     rows = rows_of(name)
     assert rows
