@@ -134,7 +134,7 @@ def test_the_picture_has_each_side_once_in_a_colour_of_its_own_with_its_error():
     assert len(set.union(*colours.values())) == len(colours) > 10
 
 
-@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv", "second_look.csv"])
+@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv", "second_look.csv", "refreekv.csv"])
 def test_every_row_of_quality_names_commit_machine_model_command_and_config(name):
     rows = rows_of(name)
     assert rows
@@ -150,6 +150,17 @@ def test_the_table_of_calibrations_shows_the_committed_rows():
     for line in itertools.takewhile(str.strip, lines[begin + 2 :]):
         text, *shown = line.strip("| ").split(" | ")
         assert shown == [kl[text, side] for side in ("one pass", "measured KLs", "prior")]
+
+
+def test_the_table_of_cuts_shows_the_committed_rows():
+    rows = {(row["text"], row["side"]): row for row in rows_of("refreekv.csv")}
+    shown = table_under(ROOT / "docs/results.md", "refreekv")
+    for text, n_prompt, tolerance, kept, kl, top1 in shown:
+        row = rows.pop((text, tolerance))
+        assert int(n_prompt) == int(row["length"]) - int(row["positions"])
+        assert (kept, kl) == (f"{float(row['kept_ratio']):.1%}", f"{float(row['kl_mean']):.4f} ± {float(row['kl_se']):.4f}")
+        assert top1 == f"{float(row['top1_ratio']):.3f}"
+    assert len(shown) >= 8 and {side for _, side in rows} == {"full-f16"}  # every row is shown
 
 
 def test_every_row_names_commit_machine_model_command_and_config():
