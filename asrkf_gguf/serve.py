@@ -271,7 +271,8 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
     file = arguments.config_file or os.environ.get("CONFIG_FILE")
     try:
         if file:
-            others = [name for name, value in vars(arguments).items() if value is not None and name not in ("command", "function", "config_file")]
+            ours = ("command", "function", "config_file", "debug")
+            others = [name for name, value in vars(arguments).items() if value is not None and name not in ours]
             if others:
                 raise ValueError(f"{file} holds all settings, and {', '.join(others)} would be ignored: put them there")
             text = Path(file).read_text()

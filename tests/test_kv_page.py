@@ -54,7 +54,7 @@ def live(server) -> dict:
 
 def test_the_figures_are_there_while_an_answer_is_generated_and_hold_every_token_once(server, text):
     assert live(server) == {} or live(server)["tokens"] == 0
-    seen, stream = [], server.complete(text[:3600], 24, stream=True)
+    seen, stream = [], server.complete(text[:3600], 96, stream=True)  # long enough to be asked a few times
     for _ in stream:
         seen.append(live(server))
     seen = [picture for picture in seen if picture["tokens"]]  # on a slow machine the first may be from before it was read
