@@ -63,7 +63,7 @@ def test_a_missing_model_says_so():
 def test_a_truncated_model_says_so(tmp_path: Path, smollm2):
     path = tmp_path / "truncated.gguf"
     path.write_bytes(Path(smollm2).read_bytes()[: 20 << 20])
-    with pytest.raises(ValueError, match="truncated.gguf is truncated: it has 20971520 bytes, and needs 98362432; fetch it again"):
+    with pytest.raises(ValueError, match=r"truncated\.gguf is truncated: it has 20971520 bytes, and needs 98362432; fetch it again"):
         Llama(str(path), kv_policy="asrkf", kv_pool=512, verbose=False)
 
 
