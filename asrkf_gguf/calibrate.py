@@ -10,13 +10,10 @@ the engine's default, one quarter after the other takes its best layer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import logging
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -28,7 +25,8 @@ from . import _native
 from ._compat import quiet
 from .calibration import TEXT_TOKENS, measure, read_tokens, standard_text, write_side_file
 from .divergence import kl_divergence, log_softmax
-from .models import resolve_model
+from .family import loaded_model
+from .models import MODEL_FORMS, resolve_model
 
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool
@@ -169,7 +167,7 @@ def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: O
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("model", help=MODEL_FORMS)
     parser.add_argument("--text", help="a text file; default: the standard library's pydoc_data.topics")
     parser.add_argument("--thorough", action="store_true", help="run the model once for each layer and each set of scoring layers: minutes to hours")
     parser.add_argument("--tokens", type=int, help=f"tokens of the text (default {TEXT_TOKENS}; thorough: 1280, for the sensitivities)")
@@ -180,29 +178,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def calibrate_quickly(path: Path, text: str, n_tokens: int = TEXT_TOKENS, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
     """The side file's content by one pass; ValueError or KVError says what is against it."""
-    with loaded(path, n_gpu_layers) as model:
+    with loaded_model(path, n_gpu_layers=n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF) as model:
         return measure(model, read_tokens(model, text, n_tokens), threads)
 
 
 def cached_file(path: Path, n_gpu_layers: int) -> Path:
-    with loaded(path, n_gpu_layers) as model:
+    with loaded_model(path, n_gpu_layers=n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF) as model:
         return _native.calibration_file(model)
-
-
-@contextlib.contextmanager
-def loaded(path: Path, n_gpu_layers: int) -> Iterator[Any]:
-    """A model without a context (a llama_model pointer of llama_cpp); ValueError if it cannot be loaded."""
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # llama.cpp's log, as with verbose=False
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 0x7FFFFFFF
-    with quiet():
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        raise ValueError(f"{path} cannot be loaded as a GGUF model")
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,7 @@ import llama_cpp
 from tqdm import tqdm
 
 from . import _native
+from .family import metadata
 from .texts import topics
 
 TEXT_TOKENS = 1024  # twice as many changed the figures by less than another text did
@@ -72,10 +73,8 @@ def measure(model: Any, tokens: list[int], n_threads: Optional[int] = None) -> d
 def model_name(model: Any) -> str:
     """What a person calls a loaded model: its name in the GGUF, architecture, size and type."""
     out = ctypes.create_string_buffer(256)
-    named = llama_cpp.llama_model_meta_val_str(model, b"general.name", out, len(out)) > 0
-    names = [out.value.decode(errors="replace")] if named else []
     llama_cpp.llama_model_desc(model, out, len(out))
-    return ", ".join([*names, out.value.decode(errors="replace")])
+    return ", ".join(filter(None, [metadata(model, "general.name"), out.value.decode(errors="replace")]))
 
 
 def write_side_file(path: Path, content: dict[str, Any]) -> None:

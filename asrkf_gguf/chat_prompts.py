@@ -29,8 +29,9 @@ class _PromptOnly:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._llm, name)
 
-    def create_completion(self, prompt: list[int], **_: Any) -> None:
-        raise _Made(list(prompt))
+    def create_completion(self, prompt: Any, **_: Any) -> None:
+        if not isinstance(prompt, str):  # some handlers leave the tokens to the completion
+            raise _Made(list(prompt))
 
 
 def chat_tokens(llm: llama_cpp.Llama, messages: Messages) -> list[int]:

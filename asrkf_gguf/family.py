@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -74,17 +76,38 @@ def refuse(path: Path) -> None:
                          f"or its pre-tokenizer {pre!r}")  # fmt: skip
 
 
-def _loads_vocabulary(path: Path) -> bool:
+def _load(path: Path, **given: Any) -> Any:
+    """With these of llama_cpp's model parameters; null if llama.cpp refuses."""
     parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
+    for name, value in given.items():
+        setattr(parameters, name, value)
     with _compat.quiet():
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-        if model:
-            llama_cpp.llama_model_free(model)
+        return llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
+
+
+def _loads_vocabulary(path: Path) -> bool:
+    model = _load(path, vocab_only=True)
+    if model:
+        llama_cpp.llama_model_free(model)
     return bool(model)
 
 
-def _metadata(model: Any, key: str) -> str:
+@contextlib.contextmanager
+def loaded_model(path: Path, **given: Any) -> Iterator[Any]:
+    """A model without a context (a llama_model pointer of llama_cpp), by these of its model parameters; ValueError with the reason if it
+    cannot be loaded."""
+    model = _load(path, **given)
+    if not model:
+        refuse(path)
+        raise ValueError(f"{path} cannot be loaded as a GGUF model: damaged, or larger than the memory here")
+    try:
+        yield model
+    finally:
+        llama_cpp.llama_model_free(model)
+
+
+def metadata(model: Any, key: str) -> str:
+    """Of a loaded model's GGUF; empty if there is none."""
     out = ctypes.create_string_buffer(256)
     n = llama_cpp.llama_model_meta_val_str(model, key.encode(), out, len(out))
     return out.value.decode(errors="replace") if n >= 0 else ""
@@ -92,8 +115,8 @@ def _metadata(model: Any, key: str) -> str:
 
 def _is_llama3(model: Any) -> bool:
     n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-    has_pre = _metadata(model, "tokenizer.ggml.pre") in _PRE_TOKENIZERS
-    return _metadata(model, "general.architecture") == "llama" and (has_pre or n_vocab == _N_VOCAB)
+    has_pre = metadata(model, "tokenizer.ggml.pre") in _PRE_TOKENIZERS
+    return metadata(model, "general.architecture") == "llama" and (has_pre or n_vocab == _N_VOCAB)
 
 
 def _ends_turns(model: Any) -> bool:
@@ -116,14 +139,14 @@ def faults(model: Any, path: Path) -> list[str]:
     vocab, n_trained = llama_cpp.llama_model_get_vocab(model), llama_cpp.llama_model_n_ctx_train(model)
     if (n_vocab := llama_cpp.llama_vocab_n_tokens(vocab)) < _N_VOCAB:
         found.append(f"its vocabulary has {n_vocab} tokens, LLaMA-3's has {_N_VOCAB}: it is not whole, or of another model")
-    if _metadata(model, "tokenizer.ggml.pre") in ("", "default"):
+    if metadata(model, "tokenizer.ggml.pre") in ("", "default"):
         found.append("it does not name LLaMA-3's pre-tokenizer, so text is cut into wrong tokens: take a newer GGUF")
     if not _ends_turns(model):
         found.append(f"{_END_OF_TURN} is not among the tokens that end an answer: a chat will not stop where it should")
-    base = float(_metadata(model, "llama.rope.freq_base") or 10000)
+    base = float(metadata(model, "llama.rope.freq_base") or 10000)
     if base < _ROPE_BASE:
         found.append(f"its rope base is {base:g}, LLaMA-3's is {_ROPE_BASE:g}: take a newer GGUF")
-    elif base == _ROPE_BASE and n_trained > _N_TRAINED and not _metadata(model, "llama.rope.scaling.type"):
+    elif base == _ROPE_BASE and n_trained > _N_TRAINED and not metadata(model, "llama.rope.scaling.type"):
         headers = (read_header(part) for part in parts_of(path))
         if not any(header and _ROPE_FACTORS in header.tensors for header in headers):
             found.append(f"it says that it was trained for {n_trained} tokens, but has no rope factors ({_ROPE_FACTORS}): "

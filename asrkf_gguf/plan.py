@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from . import _compat, _native
 from .config import FreezeConfig
-from .family import refuse, whole_header
+from .family import loaded_model, whole_header
 from .header import parts_of
 from .llama import with_calibration
 from .models import resolve_model
@@ -75,21 +75,6 @@ class Plan:
 
 
 @contextlib.contextmanager
-def _trial(path: Path, n_gpu_layers: int) -> Iterator[Any]:
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.no_alloc, parameters.load_mode, parameters.n_gpu_layers = True, llama_cpp.LLAMA_LOAD_MODE_NONE, n_gpu_layers
-    with _compat.quiet():
-        model = llama_cpp.llama_model_load_from_file(str(path).encode(), parameters)
-    if not model:
-        refuse(path)
-        raise ValueError(f"{path} cannot be read as a GGUF model: truncated, damaged, or another format")
-    try:
-        yield model
-    finally:
-        llama_cpp.llama_model_free(model)
-
-
-@contextlib.contextmanager
 def _context(model: Any, policy: str, kind: str, n_ctx: int, n_ubatch: int) -> Iterator[Any]:
     """A trial's context; ValueError with the engine's reason."""
     parameters = llama_cpp.llama_context_default_params()
@@ -138,7 +123,7 @@ def plan(
     with tempfile.TemporaryDirectory() as scratch:
         path = _header_of(model, Path(scratch)) if model.startswith("hf:") else resolve_model(model)
         policy = with_calibration(config, str(path)).to_string()
-        with _trial(path, n_gpu_layers) as trial:
+        with loaded_model(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE, n_gpu_layers=n_gpu_layers) as trial:
             n_trained = llama_cpp.llama_model_n_ctx_train(trial)
             made = _plan(model, path, trial, n_ctx or n_trained, n_trained, vram, policy, n_ubatch)
     command = f"asrkf run {model} -c {made.n_ctx}" + ("" if kv_policy == "asrkf" else f" --kv-policy {kv_policy}")

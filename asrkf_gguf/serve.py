@@ -23,7 +23,7 @@ from ._native import KVError, KVStatus
 from .config import FreezeConfig
 from .live import Live
 from .llama import Llama
-from .models import resolve_model
+from .models import MODEL_FORMS, resolve_model
 from .opening import opening_line
 from .stats import KVStats, counted_since
 
@@ -259,7 +259,7 @@ def create_app(server: server_settings.ServerSettings, models: list[ModelSetting
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Every option can be written with - for _, and comes from the environment if it is not given (N_CTX=4096)."
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("path", nargs="?", metavar="MODEL", help=MODEL_FORMS)
     parser.add_argument("-c", dest="n_ctx", type=int, help="--n_ctx")
     parser.add_argument("-t", "--threads", type=int, help="--n_threads and --n_threads_batch")
     parser.add_argument("--config_file", help="JSON or YAML: the server's settings, and under models those of each model")
@@ -284,7 +284,7 @@ def read_settings(arguments: argparse.Namespace) -> tuple[server_settings.Server
             return config, config.models
         arguments.model = arguments.path or arguments.model or os.environ.get("MODEL")
         if not arguments.model:
-            raise ValueError("give MODEL: path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+            raise ValueError(f"give MODEL: {MODEL_FORMS}")
         if arguments.threads:
             arguments.n_threads = arguments.n_threads_batch = arguments.threads
         parse: Any = server_cli.parse_model_from_args  # it says that it returns the class

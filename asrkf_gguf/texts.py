@@ -43,7 +43,7 @@ def load_texts(given: Iterable[str]) -> dict[str, str]:
 
 
 def topics() -> str:
-    """Python's language reference, part of every CPython. Policies were calibrated on it, so it is no default here."""
+    """Python's language reference, part of every CPython. Policies are calibrated on its beginning, so it is no default of the bench."""
     import pydoc_data.topics
 
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))

@@ -69,7 +69,7 @@ def read_trace(path: Path) -> Trace:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows or not set(rows[0]) >= STEP_COLUMNS:
-        raise ValueError(f"{path} is no trace of steps: asrkf run MODEL --trace {path} writes one")
+        raise ValueError(f"{path} is no trace of steps: asrkf run MODEL --trace FILE writes one")
     try:
         steps = [{name: float(value) for name, value in row.items()} for row in rows]
         runs = []

@@ -1,6 +1,6 @@
 """An agent that calls tools in a loop. Its instructions are pinned: however long the loop runs, they are never frozen.
 
-    python examples/agent.py [MODEL] [--task TEXT] [--steps 6] [--kv-pool 512]
+    python examples/agent.py [MODEL] [--task TEXT] [--steps 8] [--kv-pool 512]
 """
 
 import argparse

@@ -17,15 +17,15 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("document", nargs="?", type=Path, help="default: the beginning of Python's own language reference")
     parser.add_argument("-q", "--question", action="append", help="default: two about that reference")
-    parser.add_argument("--kv-pool", default="512", help="cells on the device (default 512: far fewer than the document has tokens)")
+    parser.add_argument("--kv-pool", type=int, default=512, help="cells on the device (default 512: far fewer than the document has tokens)")
     parser.add_argument("--max-tokens", type=int, default=48)
     arguments = parser.parse_args()
 
     reference = "\n\n".join(pydoc_data.topics.topics.values())[:6000]
-    document = arguments.document.read_text() if arguments.document else reference
+    document = arguments.document.read_text(encoding="utf-8") if arguments.document else reference
     llm = Llama(
         str(resolve_model(arguments.model)), n_ctx=8192, n_gpu_layers=-1, verbose=False, progress=True,
-        kv_policy="asrkf", kv_pool=int(arguments.kv_pool),
+        kv_policy="asrkf", kv_pool=arguments.kv_pool,
     )  # fmt: skip
     for question in arguments.question or QUESTIONS:
         messages = [{"role": "user", "content": f"{document}\n\n{question}"}]

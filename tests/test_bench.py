@@ -276,6 +276,14 @@ def test_sides_begin_from_one_prompt_and_are_compared_with_the_first(bench_comma
     assert [row["side"] for row in more] == ["none", "look", "other"] and FakeLlama.read == 64 + 64
 
 
+def test_the_figures_of_a_look_have_their_signs_and_ranks():
+    kl = np.array([0.1, 0.4, 0.2, 0.3])
+    columns = {"kl": kl, "missed": 2 * kl, "worst": -kl, "entropy": np.array([1.0, 2, 2, 1]), "seconds": np.full(4, 0.5)}
+    found = looks.summary(columns, kl - np.array([0.0, 0.2, 0.1, 0.1]))
+    assert (found["kl_mean"], found["kl_change"], found["missed_mean"]) == pytest.approx((0.25, 0.15, 0.5))
+    assert (found["rank_missed_kl"], found["rank_worst_kl"]) == pytest.approx((1, -1)) and 0 < found["rank_entropy_kl"] < 1
+
+
 def test_rows_of_cuts_say_what_was_kept_and_share_the_reference_with_quality(bench_command):
     words = ("--length", "1024", "--positions", "64", "--side", "one=refreekv,pool=1.0")
     rows = bench_command("cuts", *words)

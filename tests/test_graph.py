@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 
 import llama_cpp
@@ -70,12 +71,14 @@ def test_drafts_use_the_graph_of_their_length_again(load, smollm2, text, n):
 def splits_of(load, model: str, policy: str, **options) -> tuple[int, int]:
     """Pieces of the graphs that are reserved: of a long step, and of one token."""
     log: list[str] = []
+    before, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p()
+    llama_cpp.llama_log_get(ctypes.byref(before), ctypes.byref(user_data))
     callback = llama_cpp.llama_log_callback(lambda level, line, _: log.append(line.decode()))
     llama_cpp.llama_log_set(callback, None)
     try:
         load(model, kv_policy=policy, **options)
     finally:
-        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, None)
+        llama_cpp.llama_log_set(before, user_data)
     found = re.findall(r"splits = (\d+)(?: / (\d+))?", "".join(log))
     assert found, "llama.cpp does not log the pieces of its graphs"
     long, short = found[-1]

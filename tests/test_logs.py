@@ -42,6 +42,12 @@ def test_a_level_of_its_own_goes_before_verbose(tiny, load, caplog):
     assert not caplog.records
 
 
+@pytest.fixture(autouse=True)
+def records_reach_the_root(monkeypatch):
+    """As in a fresh process: the command line's main, which other tests call in this one, prints llama.cpp's lines itself."""
+    monkeypatch.setattr(logging.getLogger(LLAMA_CPP), "propagate", True)
+
+
 @pytest.fixture
 def say():
     """A line as llama.cpp says it: level of ggml, text."""

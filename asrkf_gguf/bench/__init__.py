@@ -3,7 +3,8 @@
     sides     a way to keep the cache: policy, pool, cache type; and a context of it
     measure   texts read as if they were generated, each prediction compared with the reference's
     records   CSV rows and arrays, with commit, machine, model, command and configuration
-    quality, needles    what `asrkf bench quality` and `asrkf bench needles` do
+    quality, needles    what `asrkf bench quality`, `cuts` and `needles` do
+    looks     missed attention and second looks (scripts/bench)
     speed, process      each side in a process of its own, upstream's with the unpatched library (scripts/bench)
     tables, plots       README's tables and pictures, of the committed rows
     command   the command line

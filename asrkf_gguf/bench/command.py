@@ -1,11 +1,11 @@
-"""The bench's command line: quality, needles and plot for everyone; speed, prefill and README's tables in a checkout."""
+"""The bench's command line: quality, cuts, needles and plot for everyone; speed, prefill and README's tables in a checkout."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ..models import resolve_model
+from ..models import MODEL_FORMS, resolve_model
 from ..texts import NEEDLE_TASKS
 from .looks import looks
 from .needles import needles
@@ -17,7 +17,7 @@ from .tables import table, table_of_equal_bytes, table_of_looks, tables_of_quali
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
-    """quality, needles and plot; in a checkout also what needs the unpatched build or makes README's tables."""
+    """quality, cuts, needles and plot; in a checkout also what needs the unpatched build or makes README's tables."""
     commands = parser.add_subparsers(dest="what", required=True)
 
     def add(name: str, text: str, function: object) -> argparse.ArgumentParser:
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--model", default="smollm2", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT (default smollm2)")
+    command.add_argument("--model", default="smollm2", help=f"{MODEL_FORMS} (default smollm2)")
     command.add_argument("--threads", type=int, default=2)
     command.add_argument("--out", type=Path, help="file to write (default: in results/)")
 
@@ -100,6 +100,6 @@ def main(arguments: argparse.Namespace) -> int:
     for name in ("positions", "threads", "chunk", "passages", "needles", "depth", "rounds", "tokens"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: at least 1")
-    if arguments.what in ("quality", "cuts", "needles"):
+    if arguments.what in ("quality", "cuts", "needles", "looks"):
         arguments.length = arguments.length or [4096]
     return arguments.bench_function(arguments)

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from tabulate import tabulate
 
 from ..divergence import kl_divergence, log_softmax
 from ..llama import Llama
 from ..models import cache_folder
 from ..texts import load_texts
-from .measure import cut_passages, feed, last_logits, standard_error
+from .measure import cut_passages, decode, feed, last_logits, standard_error
 from .records import DESCRIPTION, Table, describe, results_file, run_key
 from .sides import REFERENCE, Side, config_text, open_side, parse_side, read_counters, require_frozen
 
@@ -88,12 +87,10 @@ class Looks:
             with contextlib.closing(open_side(REFERENCE, self.length, self.arguments)) as llm:
                 tokens = self.passage(llm)
                 self.read_prompt(llm, REFERENCE, tokens)
-                rows = []
-                for token in tokens[-self.positions - 1 : -1]:
-                    llm.eval([token])
-                    rows.append(log_softmax(last_logits(llm)).astype(np.float16))
+                rows = np.empty((self.positions, llm.n_vocab()), np.float16)
+                decode(llm, tokens, llm.n_tokens, len(tokens) - 1, keep=rows)
             part = path.with_suffix(".part.npy")
-            np.save(part, np.array(rows))
+            np.save(part, rows)
             part.rename(path)
         return np.load(path, mmap_mode="r")
 
@@ -147,6 +144,8 @@ class Looks:
 
 def summary(columns: dict[str, np.ndarray], change: np.ndarray) -> dict[str, float]:
     """Figures of a side's positions. Rank correlations (Spearman) with KL are of sides that score each token, others know it every few."""
+    import scipy.stats  # half a second and 50 MB, which whoever imports the bench for something else need not pay
+
     kl, missed = columns["kl"], columns["missed"]
 
     def rank(values: np.ndarray) -> float:
@@ -163,6 +162,8 @@ def summary(columns: dict[str, np.ndarray], change: np.ndarray) -> dict[str, flo
 def looks(arguments: argparse.Namespace) -> int:
     if not arguments.side:
         raise ValueError("--side: name the sides, the first is the one that all are compared with: none=asrkf,pool=12.5%;type=q8_0")
+    if len(arguments.length) > 1:
+        raise ValueError("--length: one, since sides are compared position by position")
     sides = [parse_side(text, arguments.pool) for text in arguments.side]
     shown = {
         "kl_mean": "mean KL", "kl_p99": "p99", "kl_change": "change", "kl_change_se": "± se", "second_looks": "looks",

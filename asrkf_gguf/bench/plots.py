@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..plotting import colours, require_pyplot
 from ..stats import MIB
 from ..texts import load_texts
 from .measure import cut_passages, feed, last_logits
@@ -19,13 +20,7 @@ from .tables import Loss, losses
 
 
 def plot(arguments: argparse.Namespace) -> int:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'asrkf-gguf[bench]' or pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = require_pyplot()
     rows = arguments.rows or results_file("quality.csv")
     figure = plot_run(pyplot, arguments) if arguments.run else plot_quality(pyplot, rows)
     path = arguments.out or results_file("run.png" if arguments.run else "quality.png")
@@ -46,17 +41,8 @@ def kind_of(loss: Loss) -> str:
     return "ours" if loss.policy == "asrkf" else "control"
 
 
-def colours(matplotlib: Any, n: int) -> list[Any]:
-    """One for each side, none twice."""
-    few = matplotlib.colormaps["tab20"].colors
-    few = [*few[::2], *few[1::2]]  # the strong ones first
-    return few[:n] if n <= len(few) else [matplotlib.colormaps["turbo"](i / (n - 1)) for i in range(n)]
-
-
 def plot_quality(pyplot: Any, source: Path) -> Any:
     """Mean KL over device bytes, one panel a length; bars are standard errors. The newest row of each side, length and text."""
-    import matplotlib
-
     if not source.exists():
         raise ValueError(f"{source} does not exist: run the quality bench first, or name a file with --rows")
     found = [loss for loss in losses(source) if loss.mean("kl_mean") > 0]  # the reference has none
@@ -66,7 +52,7 @@ def plot_quality(pyplot: Any, source: Path) -> Any:
     kinds = {loss.side: kind_of(loss) for loss in found}
     # in the legend by kind, the plain ones first; found has the best first
     sides = [side for kind in KINDS for side in sorted(kinds, key=lambda side: side.count("=")) if kinds[side] == kind]
-    colour = dict(zip(sides, colours(matplotlib, len(sides)), strict=True))
+    colour = dict(zip(sides, colours(len(sides)), strict=True))
     widths = [1 + min(1, len(panel) / 8) for panel in by_length.values()]
     figure, axes = pyplot.subplots(
         1, len(by_length), figsize=(1.7 * sum(widths) + 3, 4.5), width_ratios=widths, squeeze=False, sharey=True, layout="constrained"

@@ -37,6 +37,12 @@ def results_file(name: str) -> Path:
     return (checkout() or Path.cwd()) / "results" / name
 
 
+def machine() -> str:
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")] or [platform.processor() or platform.machine()]
+    return f"{names[0]} x{os.cpu_count()}"
+
+
 def describe(arguments: argparse.Namespace) -> dict[str, Any]:
     """The first columns of every row."""
     root = checkout()
@@ -47,12 +53,10 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
 
         changes = git("status", "--porcelain", "--", "native", "patches", "asrkf_gguf")
         commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in cpuinfo if line.startswith("model name")] or [platform.processor() or platform.machine()]
     program = Path(sys.argv[0])
     command = shlex.join([f"scripts/{program.name}" if program.parent.name == "scripts" else program.name, *sys.argv[1:]])
     return {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": f"{names[0]} x{os.cpu_count()}", "threads": arguments.threads,
+        "date": time.strftime("%Y-%m-%d"), "commit": commit, "machine": machine(), "threads": arguments.threads,
         "model": arguments.model.name, "command": command,
     }  # fmt: skip
 

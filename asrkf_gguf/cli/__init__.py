@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from typing import Optional
 
-from .. import _native
+from .. import __version__
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Command:
 
 
 COMMANDS = (
-    Command("run", "cli.run", "generate text, streaming, with the cache's figures at the end"),
+    Command("run", "cli.run", "chat, or answer a prompt, with the cache's figures in a line at the end"),
     Command("info", "cli.info", "what this build can do, and what a model's cache needs"),
     Command("plan", "plan", "does a model fit the device, or a card of a given size, and with which cache"),
     Command("calibrate", "calibrate", "measure a model's layers, for layers=two and layers=each"),
@@ -41,8 +41,7 @@ COMMANDS = (
 def make_parser(chosen: str) -> argparse.ArgumentParser:
     """The command line, with the options of the chosen subcommand only."""
     parser = argparse.ArgumentParser(prog="asrkf", description="Run or serve a model with a KV pool, or show what this build can do.")
-    version = _native.ffi.string(_native.lib.asrkf_version()).decode()
-    parser.add_argument("--version", action="version", version=f"asrkf {version}")
+    parser.add_argument("--version", action="version", version=f"asrkf {__version__}")
     parser.add_argument("--debug", action="store_true", help="show where an error comes from")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:

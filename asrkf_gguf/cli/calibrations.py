@@ -12,12 +12,12 @@ from tabulate import tabulate
 
 from .. import _native
 from ..calibrate import cached_file
-from ..models import cache_folder, find_side_file, resolve_model
+from ..models import MODEL_FORMS, cache_folder, find_side_file, resolve_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Without MODEL: the calibrations in the cache folder and in the package. (Those beside a model are found with it.)"
-    parser.add_argument("model", nargs="?", help="say which one this model has: path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("model", nargs="?", help=f"say which one this model has: {MODEL_FORMS}")
     parser.add_argument("--json", action="store_true", help="all that the files say")
 
 

@@ -114,7 +114,7 @@ class Chat:
         """/save FILE: write the chat as JSON"""
         if not name:
             raise ValueError("/save needs a file: /save chat.json")
-        Path(name).write_text(json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False) + "\n")
+        Path(name).write_text(json.dumps({"messages": self.messages}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         say(f"{len(self.messages)} messages in {name}")
 
     def load(self, name: str) -> None:
@@ -145,7 +145,7 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
 def read_messages(path: Path) -> list[Message]:
     """The messages of a file that /save wrote; ValueError if it holds none."""
     try:
-        messages = json.loads(path.read_text())["messages"]
+        messages = json.loads(path.read_text(encoding="utf-8"))["messages"]
         if all(set(message) == {"role", "content"} and all(isinstance(text, str) for text in message.values()) for message in messages):
             return messages
     except (KeyError, TypeError, AttributeError, ValueError):

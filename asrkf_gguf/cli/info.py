@@ -7,14 +7,14 @@ import ctypes
 
 import llama_cpp
 
-from .. import _native
+from .. import __version__, _native
 from ..config import POLICIES, FreezeConfig
-from ..models import kv_bytes_per_token, resolve_model
+from ..models import MODEL_FORMS, kv_bytes_per_token, resolve_model
 from ..stats import MIB
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("model", nargs="?", help=MODEL_FORMS)
 
 
 def devices() -> list[str]:
@@ -27,7 +27,7 @@ def devices() -> list[str]:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    print(f"asrkf-gguf {_native.ffi.string(_native.lib.asrkf_version()).decode()}, libllama from {_native.LIBRARY_FOLDER}")
+    print(f"asrkf-gguf {__version__}, libllama from {_native.LIBRARY_FOLDER}")
     print(f"devices: {', '.join(devices())}")
     print(llama_cpp.llama_print_system_info().decode().strip())
     print(f"policies: {', '.join(POLICIES)}")

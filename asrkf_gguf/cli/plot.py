@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..plotting import require_pyplot
 from ..traces import Trace, read_trace
 
 COLOURS = {"active": "#4c9f70", "frozen": "#5b8fd6", "pinned": "#d9822b"}  # the page at /kv has the same
@@ -22,13 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     trace = read_trace(arguments.trace)
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("plots need matplotlib: pip install 'asrkf-gguf[bench]' or pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = require_pyplot()
     out = arguments.out or arguments.trace.with_suffix(".png")
     draw(pyplot, trace, arguments.trace.name).savefig(out, dpi=120)
     print(out)

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 from ..config import PoolSize
 from ..llama import Llama
-from ..models import resolve_model
+from ..models import MODEL_FORMS, resolve_model
 from ..opening import opening_line
 from ..traces import tracing
 from .answers import Prompt, answer
@@ -28,7 +28,7 @@ def pool_size(text: str) -> PoolSize:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Answer a prompt: -p, -f or what is piped in. Without any of them, chat. Control-C ends an answer."
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("model", help=MODEL_FORMS)
     parser.add_argument("-p", "--prompt", help="the prompt; with -f: what to ask of the file")
     parser.add_argument("-f", "--file", help="a file with the prompt, - for stdin")
     parser.add_argument("--chat", action="store_true", help="use the model's chat template for the prompt")
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
     parser.add_argument("--kv-pool", type=pool_size, help="auto (what fits the device; the default), cells, part of n_ctx, or bytes")
-    parser.add_argument("--trace", type=Path, metavar="FILE", help="record every step as CSV, for asrkf plot FILE")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="record the steps (the newest 65,536) as CSV, for asrkf plot FILE")
     parser.add_argument("-v", "--verbose", action="store_true", help="llama.cpp's log")
 
 
 def read_prompt(arguments: argparse.Namespace) -> Optional[str]:
     """What is asked; None for a chat. ValueError if it is empty, or there is none where one is needed."""
     file = arguments.file or (None if arguments.prompt or sys.stdin.isatty() else "-")
-    parts = [sys.stdin.read() if file == "-" else Path(file).read_text()] if file else []
+    parts = [sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8", errors="replace")] if file else []
     prompt = "\n\n".join([part for part in [*parts, arguments.prompt] if part])
     if not prompt and (file or arguments.prompt is not None):
         raise ValueError("the prompt is empty: give -p TEXT, -f FILE or text on stdin; on a terminal none of them starts a chat")
@@ -75,7 +75,8 @@ def load(arguments: argparse.Namespace) -> Llama:
 def main(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments)
     is_plain = prompt is not None and not arguments.chat and arguments.system is None
-    options = {"max_tokens": arguments.max_tokens or (PLAIN_TOKENS if is_plain else None), "temperature": arguments.temperature}
+    n_most = PLAIN_TOKENS if arguments.max_tokens is None and is_plain else arguments.max_tokens
+    options = {"max_tokens": n_most, "temperature": arguments.temperature}
     llm = load(arguments)
     say(opening_line(llm))
     with contextlib.closing(llm), tracing(llm, arguments.trace) if arguments.trace else contextlib.nullcontext():

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..models import resolve_model
+from ..models import MODEL_FORMS, resolve_model
+from ..plotting import require_pyplot
 from ..texts import load_texts
-from .page import require_matplotlib, write_page
+from .page import write_page
 from .progress import Progress
 from .reading import readings
 from .report import Report, make_report
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Memory, speed, predictions and facts found, of upstream's caches (F16, Q8_0, Q4_0) and of pools, on this machine. The full F16 cache "
         "is what all are compared with. Control-C ends the run with a report of what there is."
     )
-    parser.add_argument("model", help="path of a GGUF, smollm2, or hf:OWNER/REPO:QUANT")
+    parser.add_argument("model", help=MODEL_FORMS)
     parser.add_argument("-c", "--n-ctx", type=int, default=2048, help="context, tokens: best the one that you will use (default 2048)")
-    sizes = "parts of the bytes of the full F16 cache (0.25), bytes (512MiB), or auto: what fits the device"
-    parser.add_argument("--pools", default="0.25,0.5", help=f"{sizes} (default 0.25,0.5)")
+    sizes = "parts of the bytes of the full F16 cache (25%% or 0.25), bytes (512MiB), or auto: what fits the device"
+    parser.add_argument("--pools", default="25%,50%", help=f"{sizes} (default 25%%,50%%)")
     parser.add_argument("--text", help=f"a file to read, best one like what you will use (default: {OWN_TEXT}, in pages that no calibration reads)")
     parser.add_argument("--rounds", type=int, default=3, help="each reads another passage of the text (default 3)")
     parser.add_argument("--positions", type=int, default=64, help="tokens to decode at each depth (default 64)")
@@ -53,7 +54,7 @@ def check(arguments: argparse.Namespace) -> None:
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.absolute().parent}")
     if arguments.html is not None:
-        require_matplotlib()
+        require_pyplot("--html draws its plots with")
 
 
 def main(arguments: argparse.Namespace) -> int:

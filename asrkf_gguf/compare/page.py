@@ -9,24 +9,13 @@ from typing import Any
 
 import jinja2
 
+from ..plotting import colours, require_pyplot
 from ..stats import MIB
 from .report import Figures, Report, SideReport, Spread
 from .sides import REFERENCE
 from .tables import KINDS, tables
 
 INK = "#010203"  # in a plot's SVG; the page gives it its own colour of text
-
-
-def require_matplotlib() -> Any:
-    """pyplot; ValueError says what to install."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError("--html draws its plots with matplotlib: pip install 'asrkf-gguf[bench]', or pip install matplotlib") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def write_page(report: Report, readings: list[str], path: Path) -> None:
@@ -41,7 +30,7 @@ def plots(report: Report) -> list[tuple[str, str]]:
     sides = [side for side in report.sides if side.depths]
     if not sides:
         return []
-    pyplot = require_matplotlib()
+    pyplot = require_pyplot()
     styles = _styles(pyplot, report)
     drawn: dict[str, Callable[[Any], None]] = {
         "Loss over the bytes on the device": lambda axes: _loss_over_bytes(axes, report, styles),
@@ -56,8 +45,10 @@ def plots(report: Report) -> list[tuple[str, str]]:
 def _styles(pyplot: Any, report: Report) -> dict[str, dict[str, Any]]:
     """By side: upstream's caches are squares and dashed, pools circles."""
     shapes = {True: {"marker": "s", "linestyle": "--"}, False: {"marker": "o", "linestyle": "-"}}
-    colours = pyplot.get_cmap("tab10")
-    return {side.name: {"label": side.name, "color": colours(i), **shapes[side.name.startswith("upstream")]} for i, side in enumerate(report.sides)}
+    return {
+        side.name: {"label": side.name, "color": colour, **shapes[side.name.startswith("upstream")]}
+        for side, colour in zip(report.sides, colours(len(report.sides)), strict=True)
+    }
 
 
 def _speed(axes: Any, sides: list[SideReport], styles: dict[str, dict[str, Any]], figure_of: Callable[[Figures], Spread]) -> None:
