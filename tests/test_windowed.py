@@ -13,11 +13,11 @@ from test_architectures import tokens as oracle_tokens
 N_WINDOW = 64
 
 
-def write_gemma3(path: Path, n_layer: int = 6) -> str:
-    """Every sixth layer sees everything."""
+def write_gemma3(path: Path, n_layer: int = 6, *, sliding_window: int = N_WINDOW, pattern: int = 6) -> str:
+    """Every pattern-th layer sees everything; sliding_window 0: all, and llama.cpp treats it as a model without windows."""
     norms = {"blk.%d.attn_q_norm.weight": (64,), "blk.%d.attn_k_norm.weight": (64,),
              "blk.%d.post_attention_norm.weight": (256,), "blk.%d.post_ffw_norm.weight": (256,)}
-    write_tiny(path, arch="gemma3", metadata={"attention.sliding_window": N_WINDOW}, extra=norms, n_layer=n_layer)
+    write_tiny(path, arch="gemma3", metadata={"attention.sliding_window": sliding_window, "attention.sliding_window_pattern": pattern}, extra=norms, n_layer=n_layer)
     return str(path)
 
 
@@ -162,3 +162,16 @@ def test_what_is_frozen_in_layer_groups_is_what_a_mask_leaves_out(load, twelve):
     changed = np.abs(never - masked).max() / spread
     assert changed > 0.002  # else nothing here could tell a mask from none
     assert np.abs(found - masked).max() / spread < 0.02 * changed
+
+
+def test_a_model_with_a_window_that_no_layer_has_is_scored_as_one_without(load, tmp_path):
+    """Its graph is that of windowed models all the same."""
+    states = []
+    for name, sliding_window in (("window", N_WINDOW), ("none", 0)):
+        model = write_gemma3(tmp_path / f"{name}.gguf", 2, sliding_window=sliding_window, pattern=1)
+        llm = load(model, kv_policy="asrkf,layers=shared", kv_pool=512, n_ctx=2048, n_batch=64, n_ubatch=64)
+        logits = read(llm, tokens(1500))
+        (group,) = llm.kv_stats().groups
+        assert group.frozen_cells >= 1500 - 512 and llm.kv_stats().missed_attention_ratio > 0
+        states.append((logits, llm.kv_tokens(0)))
+    assert np.array_equal(states[0][0], states[1][0]) and states[0][1] == states[1][1]

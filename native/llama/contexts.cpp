@@ -50,12 +50,12 @@ class queries_input final : public llm_graph_input_i {
 public:
     queries_input(const memory_context * mctx, attention_rows::branch branch) : mctx(mctx), branch(branch) {}
     void set_input(const llama_ubatch *) override {
-        ggml_backend_tensor_set(branch.queries, mctx->queries.tokens.data(), 0, ggml_nbytes(branch.queries));
-        ggml_backend_tensor_set(branch.query_rows, mctx->queries.rows.data(), 0, ggml_nbytes(branch.query_rows));
+        ggml_backend_tensor_set(branch.queries, mctx->side.for_cuts.tokens.data(), 0, ggml_nbytes(branch.queries));
+        ggml_backend_tensor_set(branch.query_rows, mctx->side.for_cuts.rows.data(), 0, ggml_nbytes(branch.query_rows));
     }
     bool can_reuse(const llm_graph_params & params) override {
         mctx = &whole_of(params.mctx);
-        return mctx->queries.rows.size() == branch.n_kept;
+        return mctx->side.for_cuts.rows.size() == branch.n_kept;
     }
 
 private:
@@ -111,9 +111,7 @@ bool memory_context::next() {
 
 steps::placed memory_context::place() {
     if (is_second_look) {
-        steps::placed step = placing.place_look(ubatches[i_cur], std::move(side));
-        step.queries = std::move(queries);
-        return step;
+        return placing.place_look(ubatches[i_cur], std::move(side));
     }
     return is_rewalk() ? placing.place_rewalk(ubatches[i_cur]) : placing.place(ubatches[i_cur], i_cur == 0, is_before_rewalk());
 }
@@ -124,8 +122,7 @@ bool memory_context::apply() {
     }
     try {
         steps::placed step = place();
-        side    = std::move(step.side);
-        queries = std::move(step.queries);
+        side = std::move(step.side);
         for (uint32_t ig = 0; ig < n_groups(); ++ig) {
             group_context & context = ig == 0 ? *this : *others[ig - 1];
             const bool overflows = placing.overflows(groups[ig], step.slots[ig]);
@@ -192,7 +189,7 @@ void memory_context::build_queries(llm_graph_result & res, ggml_cgraph * gf, ggm
         return;
     }
     if (i == 0) { // a new graph
-        cuts.building = cuts.new_branch(res.get_ctx(), is_worst_case ? cuts.worst_kept(uint32_t(q->ne[2])) : uint32_t(queries.rows.size()));
+        cuts.building = cuts.new_branch(res.get_ctx(), is_worst_case ? cuts.worst_kept(uint32_t(q->ne[2])) : uint32_t(side.for_cuts.rows.size()));
         res.add_input(std::make_unique<queries_input>(this, cuts.building));
     }
     cuts.build(res.get_ctx(), gf, i, q, kq_scale);

@@ -40,7 +40,6 @@ public:
     void build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const;
 
     side_step     side;    // of the current step
-    kept_queries  queries; // as well
     scores &      scored;
     prompt_cuts & cuts;
     llama_memory_context_i * asked_as = this; // what llama.cpp's graphs were given

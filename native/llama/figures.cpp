@@ -52,8 +52,8 @@ asrkf_stats figures::stats(llama_context * ctx) const {
 void figures::add_cut(asrkf_stats & s) const {
     double kept = 0, n_layers = 0;
     for (uint32_t ig = 0; ig < groups.size(); ++ig) {
-        if (cuts.result_of(ig).n_tokens > 0) {
-            kept     += double(group_stats(ig).kept_ratio)*double(groups[ig].layers.size());
+        if (const cut_result cut = cuts.result_of(ig); cut.n_tokens > 0) {
+            kept     += double(cut.n_kept) / double(cut.n_tokens)*double(groups[ig].layers.size());
             n_layers += double(groups[ig].layers.size());
             s.enough_cells = std::max(s.enough_cells, cuts.enough_cells(ig));
         }

@@ -3,8 +3,6 @@
 #include "llama/creation.h"
 #include "llama/refusal.h"
 
-#include "llama-context.h"
-
 #include <algorithm>
 
 namespace asrkf {
@@ -25,7 +23,7 @@ std::unique_ptr<attention_rows> make_attention_rows(const settings & config, con
 }
 
 prompt_cuts::prompt_cuts(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted, ggml_type type_k)
-    : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), times(config.n_seq_max), results(groups.size()) {
+    : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), counted(counted), results(groups.size()) {
     if (!make_policy_params(config, 1).cuts) {
         return;
     }
@@ -54,19 +52,19 @@ int prompt_cuts::place_of(int32_t il) const {
     return -1;
 }
 
-void prompt_cuts::prepare(kept_queries & step, const std::vector<uint32_t> & records, const std::vector<part> & parts) {
+void prompt_cuts::prepare(side_step & step, const std::vector<part> & parts) {
     if (!attention) {
         return;
     }
     for (const part & p : parts) {
         std::vector<llama_pos> step_pos;
         for (const uint32_t i : p.tokens) {
-            step_pos.push_back(tokens.records[records[i]].pos);
+            step_pos.push_back(tokens.records[step.records[i]].pos);
         }
         std::vector<int32_t> kept;
-        tokens.sequences[p.seq].newest.keep(step_pos, kept, step.rows);
+        tokens.sequences[p.seq].newest.keep(step_pos, kept, step.for_cuts.rows);
         for (const int32_t i : kept) {
-            step.tokens.push_back(int32_t(p.tokens[size_t(i)]));
+            step.for_cuts.tokens.push_back(int32_t(p.tokens[size_t(i)]));
         }
     }
 }
@@ -91,7 +89,7 @@ void prompt_cuts::note(const llama_batch & batch, bool prompt_follows) {
         }
     }
     for (uint32_t seq = 0; seq < calls.size(); ++seq) {
-        if (times[seq].is_due(calls[seq], config.repeat)) {
+        if (tokens.sequences[seq].cuts.is_due(calls[seq], config.repeat)) {
             due.push_back(seq);
         }
     }
@@ -100,7 +98,6 @@ void prompt_cuts::note(const llama_batch & batch, bool prompt_follows) {
 void prompt_cuts::clear() {
     due.clear();
     results.assign(groups.size(), {});
-    times.assign(times.size(), {});
 }
 
 void prompt_cuts::make_due() {
@@ -109,7 +106,7 @@ void prompt_cuts::make_due() {
             make(tokens.sequences[seq]);
         } catch (const std::exception & e) { // llama.cpp calls this where nothing may throw
             const auto * known = dynamic_cast<const error *>(&e);
-            refuse(format("sequence %u is not cut, all of its tokens stay as they are: %s", seq, text_of(e).c_str()), known ? known->status : ASRKF_INTERNAL);
+            refuse(format("sequence %u was cut in part or not at all, nothing of it is lost: %s", seq, text_of(e).c_str()), known ? known->status : ASRKF_INTERNAL);
         }
     }
     due.clear();
@@ -125,7 +122,9 @@ void prompt_cuts::make(sequence & s) {
     }
     scored.fold_in();
     moves.prepare();
-    attach();
+    if (!attention->is_attached()) {
+        attention->attach(moves.backends());
+    }
     const std::vector<demand> demands = { { s.id, 0, tokens.pos_max(s) + 1, occasion::prompt_end } };
     std::vector<cut_result> found(groups.size());
     plans_by_group plans(groups.size(), { plan() });
@@ -157,18 +156,6 @@ plan prompt_cuts::decide(size_t ig, const sequence & s, cut_result & out) {
         }
     }
     return rule.decide_cut(measured, pos_end, out);
-}
-
-void prompt_cuts::attach() {
-    if (attention->is_attached()) {
-        return;
-    }
-    ggml_backend_sched_t sched = moves.context()->get_sched();
-    std::vector<ggml_backend_t> backends; // they stay, the scheduler may not
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        backends.push_back(ggml_backend_sched_get_backend(sched, i));
-    }
-    attention->attach(backends);
 }
 
 // [head][token] of one layer: of the newest queries, each of which sees the tokens up to its own, the mean.

@@ -8,12 +8,6 @@
 
 namespace asrkf {
 
-// What a step keeps of its queries, in every layer.
-struct kept_queries {
-    std::vector<int32_t> tokens;
-    std::vector<int64_t> rows;
-};
-
 // Of the layers that the policy serves.
 std::unique_ptr<attention_rows> make_attention_rows(const settings & config, const std::vector<uint32_t> & layers, ggml_type type_k, bool no_alloc);
 
@@ -25,7 +19,7 @@ public:
     bool is_on() const { return attention != nullptr; }
 
     // The branch of a step. Once a step: its queries go into the rings.
-    void     prepare(kept_queries & step, const std::vector<uint32_t> & records, const std::vector<part> & parts);
+    void     prepare(side_step & step, const std::vector<part> & parts);
     uint32_t worst_kept(uint32_t n_tokens) const { return std::min(n_tokens, config.rows*config.n_seq_max); }
     int      place_of(int32_t il) const; // -1: none; they are built in order, and the first begins a new graph
     attention_rows::branch new_branch(ggml_context * ctx, uint32_t n_kept) const { return attention->new_branch(ctx, n_kept); }
@@ -51,7 +45,6 @@ private:
     struct key_part { size_t group; ggml_tensor * keys; size_t offset; };
 
     void make(sequence & s);
-    void attach();
     plan decide(size_t ig, const sequence & s, cut_result & out);
     void measure(size_t i, const sequence & s, std::vector<float> & weights);
 
@@ -63,7 +56,6 @@ private:
     counters &                      counted;
     std::unique_ptr<attention_rows> attention; // null: no cuts
     std::vector<key_part>           keys;      // by layer of it
-    std::vector<cut_times>          times;     // by sequence
     std::vector<uint32_t>           due;       // sequences of the current call
     std::vector<cut_result>         results;   // by group, of the last cut
 };

@@ -155,15 +155,9 @@ void scores::note_frozen(const scoring_job & job) {
 }
 
 void scores::attach() {
-    if (devices->is_attached()) {
-        return;
+    if (!devices->is_attached()) {
+        devices->attach(moves.backends());
     }
-    ggml_backend_sched_t sched = moves.context()->get_sched();
-    std::vector<ggml_backend_t> backends; // they stay, the scheduler may not
-    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-        backends.push_back(ggml_backend_sched_get_backend(sched, i));
-    }
-    devices->attach(backends);
 }
 
 // llama.cpp calls this where nothing may throw: all is made by now.
@@ -185,9 +179,9 @@ void scores::run(const scoring_job & job) {
     std::swap(running, prepared(job));
     n_arrived = job.shape.n_scored;
     auto * out_missed = static_cast<float *>(ggml_backend_buffer_get_base(arrived.get()));
-    pending = job.seqs;
-    counted.scoring_steps_total++;
     try {
+        pending = job.seqs;
+        counted.scoring_steps_total++;
         devices->prepare(job.shape); // again: another may have been since, and this one is kept
         devices->run(running, out_missed + scorer->n_heads(), out_missed);
     } catch (const std::exception & e) {

@@ -24,6 +24,12 @@ struct scoring_job {
     scoring_shape         shape;
 };
 
+// What a step keeps of its queries, in every layer, for cuts.
+struct kept_queries {
+    std::vector<int32_t> tokens;
+    std::vector<int64_t> rows;
+};
+
 // A step's side branch, and its scorings.
 struct side_step {
     branch_shape          shape;
@@ -33,6 +39,7 @@ struct side_step {
     relevance::written    written;    // index rows
     scoring_job           scoring;    // by the newest queries, for the next decision
     scoring_job           look;       // by this token's own: whether it needs a second look
+    kept_queries          for_cuts;
 
     bool scores() const { return !scoring.seqs.empty() || !look.seqs.empty(); }
 };

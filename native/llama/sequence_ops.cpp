@@ -38,6 +38,7 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
         if (s.records.empty()) { // timers of a sequence that is gone, and host memory when all are
             s.why.clear();
             s.look.clear();
+            s.cuts.clear();
             s.fault.clear();
             g.rules[seq].clear();
             if (g.store && !keep_store && tokens.n_records() == 0) {
@@ -131,6 +132,7 @@ void sequence_ops::clear(bool data) {
         s.newest.forget_from(0);
         s.trigger.clear();
         s.look.clear();
+        s.cuts.clear();
         s.output = 0;
         s.why.clear();
         s.fault.clear();

@@ -256,7 +256,7 @@ steps::placed steps::place(const llama_ubatch & ubatch, bool is_first, bool befo
     }
     book(ubatch, parts, step);
     scored.prepare(step.side, parts, before_rewalk);
-    cuts.prepare(step.queries, step.side.records, parts);
+    cuts.prepare(step.side, parts);
     record(before, ubatch, step.side.scores(), demands[0].why, is_first ? float(tokens.sequences[parts[0].seq].trigger.last()) : 0);
     return step;
 }
@@ -335,7 +335,8 @@ steps::placed steps::place_rewalk(const llama_ubatch & ubatch) {
     part again = { s.id, std::vector<uint32_t>(n), 0 };
     std::iota(again.tokens.begin(), again.tokens.end(), 0);
     scored.prepare(step.side, { again }, false);
-    cuts.prepare(step.queries, step.side.records, { again });
+    s.newest.forget_from(ubatch.pos[0]); // else the first time's queries are kept beside these
+    cuts.prepare(step.side, { again });
     counted.rewalks_total++;
     counted.rewalked_tokens_total += n;
     record(before, ubatch, false, occasion::prompt_end, 0);
@@ -380,6 +381,7 @@ steps::placed steps::place_look(const llama_ubatch & ubatch, side_step side) {
         scored.note_frozen(side.scoring);
     }
     step.side = std::move(side);
+    relevance::keep_means(step.side.written);
     counted.second_looks_total++;
     record(before, ubatch, !step.side.scoring.seqs.empty(), occasion::second_look, 0);
     return step;

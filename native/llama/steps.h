@@ -30,7 +30,6 @@ public:
     struct placed {
         std::vector<llama_kv_cache::slot_info> slots; // by group
         side_step                              side;
-        kept_queries                           queries;
     };
     // is_first: of the call. before_rewalk: the prompt's end scores.
     placed place(const llama_ubatch & ubatch, bool is_first, bool before_rewalk);

@@ -36,6 +36,7 @@ struct sequence {
     recovery_trigger      trigger;
     occasions             why;
     look_rule             look;
+    cut_times             cuts;
     ranges                pinned;
     int32_t               output     = 0;  // the last call's last output, counted from the end: -1, -2, ...; 0: none
     llama_pos             call_begin = -1; // first position of the current call

@@ -13,6 +13,14 @@ namespace asrkf {
 
 void transfers::synchronize() { ggml_backend_sched_synchronize(lctx->get_sched()); }
 
+std::vector<ggml_backend_t> transfers::backends() const {
+    std::vector<ggml_backend_t> found;
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(lctx->get_sched()); ++i) {
+        found.push_back(ggml_backend_sched_get_backend(lctx->get_sched(), i));
+    }
+    return found;
+}
+
 void transfers::prepare() {
     if (!lctx || config.no_alloc) {
         return; // nothing has been computed, so nothing is on a device
@@ -20,12 +28,7 @@ void transfers::prepare() {
     synchronize();
     groups.mover->settle();
     if (!groups.mover->is_attached()) {
-        ggml_backend_sched_t sched = lctx->get_sched();
-        std::vector<ggml_backend_t> backends;
-        for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
-            backends.push_back(ggml_backend_sched_get_backend(sched, i));
-        }
-        groups.mover->attach(backends);
+        groups.mover->attach(backends());
     }
     if (budget.is_pageable && !std::exchange(has_said_pageable, true)) {
         LLAMA_LOG_WARN("asrkf: memory for transfers could not be pinned; they are slower from pageable memory\n");

@@ -29,8 +29,9 @@ public:
     llama_context * context() const { return lctx; }
     // Until the graphs have finished. Not llama_synchronize(): that one counts tokens. CUDA's set and get use another stream.
     void synchronize();
-    // Before any move: synchronise, settle the last one, and find the backends. Moves run on those that compute the graphs, but
-    // not through their scheduler.
+    // Those that compute the graphs. They stay as long as the context; their scheduler may not.
+    std::vector<ggml_backend_t> backends() const;
+    // Before any move: synchronise, and settle the last one. Moves run on backends(), but not through their scheduler.
     void prepare();
 
     // All of these work on all groups at once, given by group: one transfer.

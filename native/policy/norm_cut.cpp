@@ -60,8 +60,7 @@ plan policy::decide_cut(const norm_cut & measured, int32_t pos_end, cut_result &
     result.decided = true;
     result.why     = occasion::prompt_end;
     restore_protected(result, h);
-    const uint64_t n_protected = uint64_t(n_tokens()) - (h.end - h.begin) + (h.has_pins ? ranks->pinned().count(h.begin, h.end) : 0);
-    const uint64_t n_room      = params.pool_cells - std::min<uint64_t>(params.pool_cells, n_protected + params.interval); // the next steps need some
+    const uint64_t n_room      = params.pool_cells - std::min<uint64_t>(params.pool_cells, n_protected(h) + params.interval); // the next steps need some
     const size_t   n_wanted    = measured.largest(params.tolerance);
     const size_t   n_go        = std::max<size_t>(n_wanted, order.size() - std::min<uint64_t>(order.size(), n_room));
     for (size_t k = 0; k < order.size(); ++k) {

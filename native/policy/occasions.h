@@ -56,6 +56,8 @@ public:
         return due;
     }
 
+    void clear() { *this = {}; }
+
 private:
     uint32_t n_unsaid = 0; // tokens since the last output
     uint32_t n_since  = 0; // and since the last cut

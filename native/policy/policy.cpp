@@ -208,14 +208,13 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
     plan result;
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_comes = n_frozen() == 0 || (params.cuts && !params.recall);
+    const bool nothing_comes = n_frozen() == 0 || (params.cuts && !params.recall && why == occasion::step);
     const bool nothing_to_choose = nothing_comes && !params.threshold && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }
     const span h = history_before(pos_new + int32_t(n_new));
-    const uint32_t n_pinned = h.has_pins ? ranks->pinned().count(h.begin, h.end) : 0;
-    const uint64_t n_protected = uint64_t(n_tokens()) - (h.end - h.begin) + n_pinned;
+    const uint64_t n_protected = this->n_protected(h);
     restore_protected(result, h);
     const uint32_t n_judged = n_active() - uint32_t(n_protected - result.restore.size()); // active history
     if (n_protected + n_new > params.pool_cells) {
@@ -237,6 +236,10 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
     }
     std::sort(result.freeze.begin(), result.freeze.end());
     return result;
+}
+
+uint64_t policy::n_protected(span h) const {
+    return uint64_t(n_tokens()) - (h.end - h.begin) + (h.has_pins ? ranks->pinned().count(h.begin, h.end) : 0);
 }
 
 // Sinks, window and pinned tokens that are frozen come back whatever their score.

@@ -62,10 +62,10 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
 
 enum class cause { timer, window, refill, recall, recovery };
 
-// Why a decision is made: the interval is over; a prompt has ended and its last tokens will be computed again; output
-// entropy asks for more, at one of the paper's levels; or the newest token will be computed again, with what it asks for. A
-// second look comes beside the other decisions: it exchanges tokens, leaves free cells free, and the next interval ends as if
-// it had not been.
+// Why a decision is made: the interval is over; a prompt has ended, and its last tokens will be computed again, or it is cut;
+// output entropy asks for more, at one of the paper's levels; or the newest token will be computed again, with what it asks
+// for. A second look comes beside the other decisions: it exchanges tokens, leaves free cells free, and the next interval ends
+// as if it had not been.
 enum class occasion { step, prompt_end, soft_reset, window_reset, full_reset, second_look };
 
 struct restoration {
@@ -172,6 +172,7 @@ private:
     // Decisions since the token was frozen or recalled, as far as 16 bits tell.
     uint32_t age(uint32_t token) const { return uint16_t(decision - since[token]); }
     span     history_before(int32_t pos_end) const;
+    uint64_t n_protected(span h) const; // sinks, window, pinned
     uint64_t history_of(uint32_t w, span h) const { // its tokens in a word
         return token_set::within(w, h.begin, h.end) & (h.has_pins ? ~ranks->pinned().word(w) : ~uint64_t(0));
     }

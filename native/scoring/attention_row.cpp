@@ -1,5 +1,7 @@
 #include "scoring/attention_row.h"
 
+#include "scoring/device_scorer.h"
+
 #include "ggml-alloc.h"
 
 #include <algorithm>
@@ -18,11 +20,6 @@ ggml_context_ptr new_context(size_t n_tensors) {
         throw error(ASRKF_INTERNAL, "no memory for a graph of attention");
     }
     return made;
-}
-
-ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // host memory may name none
 }
 
 } // namespace

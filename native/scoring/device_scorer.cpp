@@ -8,17 +8,17 @@ namespace {
 
 constexpr uint32_t ROWS_UNIT = 256; // rows that are scored: so many, or a multiple
 
-ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU); // host memory may name none
-}
-
 std::vector<scorer_kind> & all_kinds() { // not a global: kinds are added while globals are made
     static std::vector<scorer_kind> kinds;
     return kinds;
 }
 
 } // namespace
+
+ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
+    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
 
 uint32_t device_part::n_heads() const {
     uint32_t n = 0;

@@ -3,7 +3,6 @@
 #include "ggml-alloc.h"
 
 #include <algorithm>
-#include <cmath>
 
 namespace asrkf {
 
@@ -130,6 +129,11 @@ relevance::written relevance::written_by(const branch_shape & shape, const index
         w.read_rows.insert(w.read_rows.end(), w.rows.begin(), w.rows.end());
     }
     return w;
+}
+
+void relevance::keep_means(written & w) {
+    std::fill(w.keep.begin(), w.keep.end(), 1.0f);
+    std::fill(w.weights.begin(), w.weights.end(), 0.0f);
 }
 
 void relevance::write_mask(const scoring_shape & shape, const std::vector<scoring_query> & queries, std::vector<float> & mask) const {

@@ -97,6 +97,8 @@ public:
         std::vector<float>   weights;
     };
     written written_by(const branch_shape & shape, const index_rows & index, const std::vector<uint32_t> & records) const;
+    // Of rows that the same tokens are written to again: their means have them.
+    static void keep_means(written & w);
     void    write_mask(const scoring_shape & shape, const std::vector<scoring_query> & queries, std::vector<float> & mask) const;
     void set_written(const branch & b, const written & w) const;
 

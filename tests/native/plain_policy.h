@@ -266,7 +266,7 @@ inline plan plain_policy::decide(uint32_t n_new, int32_t pos_new, occasion why, 
     plan result;
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
-    const bool nothing_comes = frozen_count == 0 || (params.cuts && !params.recall);
+    const bool nothing_comes = frozen_count == 0 || (params.cuts && !params.recall && why == occasion::step);
     const bool nothing_to_choose = nothing_comes && !params.threshold && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;

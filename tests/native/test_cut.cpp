@@ -213,6 +213,17 @@ TEST(second_cut, "a later cut brings back what it wants; pinned tokens stay, and
     CHECK(p.freeze.empty() && p.restore.empty()); // room alone brings nothing back
 }
 
+TEST(recovered, "what a cut has frozen a window reset brings back, though a step does not") {
+    const uint32_t n = 100;
+    row newest(n, 0.0f);
+    newest[n - 1] = 1;
+    one_group g(cutting(512, ",recovery=window"), n);
+    CHECK(g.cut(newest).n_kept == 5);
+    CHECK(!g.rule.decide(1, int32_t(n)).decided);
+    const plan p = g.rule.decide(1, int32_t(n), occasion::window_reset);
+    CHECK(p.restore.size() == n - 5 && p.restore[0].why == cause::recovery && p.freeze.empty());
+}
+
 TEST(by_relevance, "in the order of relevance the lowest scores go first") {
     const uint32_t n = 60;
     std::mt19937 random(13);
@@ -390,16 +401,8 @@ std::vector<llama_token> some_tokens(uint32_t n, uint32_t seed) {
     return tokens;
 }
 
-std::vector<uint8_t> states_of(llama_context * ctx, uint32_t group, int32_t seq = 0) {
-    size_t n = 0;
-    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, nullptr, 0, &n) == ASRKF_OK);
-    std::vector<uint8_t> states(n);
-    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, states.data(), n, &n) == ASRKF_OK);
-    return states;
-}
-
 uint32_t n_frozen_of(llama_context * ctx, uint32_t group, int32_t seq = 0) {
-    const std::vector<uint8_t> states = states_of(ctx, group, seq);
+    const std::vector<uint8_t> states = states_of(ctx, seq, group);
     return uint32_t(std::count(states.begin(), states.end(), uint8_t(ASRKF_TOKEN_FROZEN)));
 }
 
@@ -437,7 +440,7 @@ TEST(prompt, "where a prompt ends each layer is cut, in a pool that holds all to
         for (uint32_t ig = 0; ig < 2; ++ig) {
             const uint32_t n_frozen = n_frozen_of(ctx.get(), ig);
             const asrkf_group_stats g = group_of(ctx.get(), ig);
-            CHECK(is_one_span(states_of(ctx.get(), ig)) && n_frozen < 395);
+            CHECK(is_one_span(states_of(ctx.get(), 0, ig)) && n_frozen < 395);
             CHECK(std::fabs(g.kept_ratio - float(400 - n_frozen)/400) < 1e-6f && g.wanted_ratio == g.kept_ratio);
             kept  += double(g.kept_ratio) / 2;
             enough = std::max(enough, (400 - n_frozen + 8 + 255)/256*256);
@@ -487,7 +490,7 @@ TEST(long_prompt, "past the pool a prompt is read; the best fit is kept within t
         CHECK(decode(ctx.get(), some_tokens(250, uint32_t(10 + i))) == 0);
         for (uint32_t ig = 0; ig < 2; ++ig) {
             const asrkf_group_stats g = group_of(ctx.get(), ig);
-            CHECK(g.active_cells <= g.pool_cells && g.kept_ratio <= g.wanted_ratio && is_one_span(states_of(ctx.get(), ig)));
+            CHECK(g.active_cells <= g.pool_cells && g.kept_ratio <= g.wanted_ratio && is_one_span(states_of(ctx.get(), 0, ig)));
         }
     }
     const asrkf_stats s = stats_of(ctx.get());

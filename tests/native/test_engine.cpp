@@ -68,14 +68,6 @@ std::vector<float> logits_of(llama_context * ctx, int32_t i) {
     return logits ? std::vector<float>(logits, logits + 256) : std::vector<float>();
 }
 
-std::vector<uint8_t> states_of(llama_context * ctx, int32_t seq, uint32_t group = 0) {
-    size_t n = 0;
-    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, nullptr, 0, &n) == ASRKF_OK);
-    std::vector<uint8_t> states(n);
-    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, states.data(), n, &n) == ASRKF_OK);
-    return states;
-}
-
 size_t n_in_state(const std::vector<uint8_t> & states, int wanted) { return size_t(std::count(states.begin(), states.end(), uint8_t(wanted))); }
 
 std::vector<uint8_t> row_at(llama_context * ctx, int32_t seq, uint32_t group, int32_t pos) {

@@ -120,20 +120,40 @@ TEST(odd_logits, "a token that cannot be counts as such, and a NaN is told with 
     CHECK(none.entropy == 0 && none.top_probability == 0 && none.log_sum_exp == double(-INF));
 }
 
-TEST(backend_sampler, "recovery reads the same entropies where a backend sampler keeps the logits on the device; a caller is told") {
-    const auto entropies = [](bool on_device) {
-        llama_model * model = unsure_model();
-        CHECK(model && next_policy("asrkf,pool=256,recovery=soft"));
+namespace {
+
+// A context of unsure_model(), whose tokens a backend sampler may draw.
+struct unsure_context {
+    unsure_context(const char * policy, bool samples_on_device) {
+        CHECK(model && next_policy(policy));
         llama_context_params params = llama_context_default_params();
         params.n_ctx   = 512;
         params.n_batch = params.n_ubatch = 64;
         params.n_threads       = params.n_threads_batch = 1;
         params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-        llama_context * ctx = llama_init_from_model(model, params);
+        ctx = llama_init_from_model(model, params);
         CHECK(ctx != nullptr);
-        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
         llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-        CHECK(!on_device || llama_set_sampler(ctx, 0, chain));
+        CHECK(!samples_on_device || llama_set_sampler(ctx, 0, chain));
+    }
+    ~unsure_context() {
+        CHECK(llama_set_sampler(ctx, 0, nullptr));
+        llama_sampler_free(chain);
+        llama_free(ctx);
+        llama_model_free(model);
+    }
+
+    llama_model *   model = unsure_model();
+    llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+    llama_context * ctx;
+};
+
+} // namespace
+
+TEST(backend_sampler, "recovery reads the same entropies where a backend sampler keeps the logits on the device; a caller is told") {
+    const auto entropies = [](bool on_device) {
+        const unsure_context own("asrkf,pool=256,recovery=soft", on_device);
+        llama_context * ctx = own.ctx;
         std::vector<float> found;
         llama_token token = 3;
         for (int i = 0; i < 100; ++i) {
@@ -146,10 +166,6 @@ TEST(backend_sampler, "recovery reads the same entropies where a backend sampler
             token = (token + 7) % 200;
         }
         CHECK(stats_of(ctx).outputs_total == 99);
-        CHECK(llama_set_sampler(ctx, 0, nullptr));
-        llama_sampler_free(chain);
-        llama_free(ctx);
-        llama_model_free(model);
         return found;
     };
     const std::vector<float> expected = entropies(false), found = entropies(true);
@@ -164,27 +180,13 @@ TEST(backend_sampler, "recovery reads the same entropies where a backend sampler
 
 TEST(looks, "entropy may start a second look; with a backend sampler, which would draw twice, there is none") {
     for (const bool on_device : { false, true }) {
-        llama_model * model = unsure_model();
-        CHECK(model && next_policy("asrkf,pool=256,recovery=second_look,look_share=0.25,look_trigger=entropy"));
-        llama_context_params params = llama_context_default_params();
-        params.n_ctx   = 512;
-        params.n_batch = params.n_ubatch = 64;
-        params.n_threads       = params.n_threads_batch = 1;
-        params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-        llama_context * ctx = llama_init_from_model(model, params);
-        CHECK(ctx != nullptr);
-        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-        CHECK(!on_device || llama_set_sampler(ctx, 0, chain));
+        const unsure_context own("asrkf,pool=256,recovery=second_look,look_share=0.25,look_trigger=entropy", on_device);
+        llama_context * ctx = own.ctx;
         for (int i = 0; i < 400; ++i) {
             CHECK(decode(ctx, { llama_token(i*37 % 200) }) == 0);
         }
         const asrkf_stats s = stats_of(ctx);
         CHECK(s.frozen_cells > 100 && (on_device ? s.second_looks_total == 0 : s.second_looks_total > 10 && s.second_looks_total <= 100));
-        CHECK(llama_set_sampler(ctx, 0, nullptr));
-        llama_sampler_free(chain);
-        llama_free(ctx);
-        llama_model_free(model);
     }
 }
 

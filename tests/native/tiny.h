@@ -67,7 +67,15 @@ inline asrkf_group_stats group_of(llama_context * ctx, uint32_t group) {
     return s;
 }
 
-// The tests' only calls of these two.
+inline std::vector<uint8_t> states_of(llama_context * ctx, int32_t seq = 0, uint32_t group = 0) {
+    size_t n = 0;
+    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, nullptr, 0, &n) == ASRKF_OK);
+    std::vector<uint8_t> states(n);
+    CHECK(asrkf_get_tokens(ctx, seq, group, nullptr, states.data(), n, &n) == ASRKF_OK);
+    return states;
+}
+
+// Of sequence 0.
 inline asrkf_status get_tokens(llama_context * ctx, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity, size_t * out_n) {
     return asrkf_get_tokens(ctx, 0, group, out_pos, out_state, capacity, out_n);
 }
