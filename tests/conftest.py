@@ -10,6 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run beside each other, and threads that wait for each other's cores are many times slower
+    os.environ["OMP_THREAD_LIMIT"] = "1"
+
 import pytest
 from texts import topics_text
 
@@ -73,7 +76,7 @@ def llama3_two_layers() -> str:
         tree = subprocess.run(
             [sys.executable, str(ROOT / "scripts/llama_tree.py"), "prepare"], capture_output=True, text=True, check=True
         ).stdout.strip()
-        part = path.with_suffix(".part")
+        part = path.with_suffix(f".{os.getpid()}.part")  # two workers may be here
         write_llama3(part, Path(tree) / "models/ggml-vocab-llama-bpe.gguf", 2)
         part.rename(path)
     return str(path)

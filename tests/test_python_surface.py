@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 import pytest
 from kv import check_states, tokens_of
@@ -31,14 +33,21 @@ def answer(llm, prompt: str, **options) -> str:
 
 
 @pytest.fixture(params=["ram", "disk"])
-def prompt_cache(request, tmp_path):
-    return LlamaRAMCache() if request.param == "ram" else LlamaDiskCache(str(tmp_path))
+def new_cache(request, tmp_path):
+    """Makes one, each time another."""
+    return LlamaRAMCache if request.param == "ram" else lambda: LlamaDiskCache(tempfile.mkdtemp(dir=tmp_path))
 
 
-def test_a_prompt_cache_saves_the_reading_and_changes_no_answer(load, smollm2, text, prompt_cache):
+@pytest.fixture
+def prompt_cache(new_cache):
+    return new_cache()
+
+
+def test_a_prompt_cache_saves_the_reading_and_changes_no_answer(load, smollm2, text, new_cache):
     plain = load(smollm2, n_ctx=1024, kv_policy="full")
     llm = load(smollm2, n_ctx=1024, kv_policy="asrkf", kv_pool=1024)
-    llm.set_cache(prompt_cache)
+    for each in (plain, llm):  # steps of other lengths round otherwise
+        each.set_cache(new_cache())
     one, other = text[:1500], text[20000:21500]
     read = evaluated(llm)
     for prompt, most in ((one, 500), (other, 500), (one, 1), (other + " In summary,", 8)):

@@ -17,7 +17,8 @@ def write_gemma3(path: Path, n_layer: int = 6, *, sliding_window: int = N_WINDOW
     """Every pattern-th layer sees everything; sliding_window 0: all, and llama.cpp treats it as a model without windows."""
     norms = {"blk.%d.attn_q_norm.weight": (64,), "blk.%d.attn_k_norm.weight": (64,),
              "blk.%d.post_attention_norm.weight": (256,), "blk.%d.post_ffw_norm.weight": (256,)}
-    write_tiny(path, arch="gemma3", metadata={"attention.sliding_window": sliding_window, "attention.sliding_window_pattern": pattern}, extra=norms, n_layer=n_layer)
+    metadata = {"attention.sliding_window": sliding_window, "attention.sliding_window_pattern": pattern}
+    write_tiny(path, arch="gemma3", metadata=metadata, extra=norms, n_layer=n_layer)
     return str(path)
 
 
