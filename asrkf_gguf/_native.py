@@ -135,6 +135,13 @@ def calibration_file(model: Any) -> Path:
     return Path(ffi.string(out).decode())
 
 
+def gates_file(model: Any) -> Path:
+    """The same of its gates."""
+    out = ffi.new("char[]", 4096)
+    check(lib.asrkf_gates_file(model_pointer(model), out, 4096))
+    return Path(ffi.string(out).decode())
+
+
 def calibrate(
     model: Any, tokens: Sequence[int], n_threads: int = 0, progress: Optional[Callable[[int, int], None]] = None
 ) -> tuple[list[float], list[int]]:

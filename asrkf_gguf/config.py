@@ -9,7 +9,7 @@ from typing import Optional, Union
 from . import _native
 
 PoolSize = Union[int, float, str]
-POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all", "refreekv")
+POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all", "refreekv", "kvzip")
 
 
 @dataclass(frozen=True)
@@ -17,12 +17,12 @@ class FreezeConfig:
     """How tokens are frozen and restored. None means the preset's value; `resolved()` shows them all.
 
     The method is ASR-KF-EGR (arXiv 2512.11221) with a budget in place of its threshold; the `paper` preset is as
-    published, where it is known. `refreekv` is another method's (ReFreeKV, arXiv 2502.16886). Invalid values raise
-    ValueError with key, value and range.
+    published, where it is known. `refreekv` and `kvzip` are other methods' (ReFreeKV, arXiv 2502.16886; Fast KVzip, arXiv
+    2601.17668). Invalid values raise ValueError with key, value and range.
     """
 
     policy: str = "asrkf"
-    """"full" (upstream's cache), "asrkf", "paper", "refreekv", or a control: "window", "random", "flag-all"."""
+    """"full" (upstream's cache), "asrkf", "paper", "refreekv", "kvzip", or a control: "window", "random", "flag-all"."""
     pool: Optional[PoolSize] = None
     """Size of the pool: "auto" (what fits the device), cells (2048), part of n_ctx (0.25), bytes of K, V and index ("512MiB"), or so
     much of the bytes of a full F16 cache ("33%"). `Llama(kv_pool=...)` sets it."""
@@ -34,6 +34,8 @@ class FreezeConfig:
     each, "0-8@512/9-29@1024"."""
     calibration: Optional[str] = None
     """File of `asrkf calibrate` with the layers' sensitivities, or "off" for a guess by depth. None: the model's own, found or made."""
+    gates: Optional[str] = None
+    """File of `asrkf gates`, for score="gate". None: the model's own from the cache folder."""
     sinks: Optional[int] = None
     """First positions that are never frozen."""
     window: Optional[int] = None
@@ -41,7 +43,8 @@ class FreezeConfig:
     interval: Optional[int] = None
     """Tokens between two decisions."""
     score: Optional[str] = None
-    """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency" or "none"."""
+    """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency", "none", or "gate": what the layer's gate
+    says of the token when it is computed (`asrkf gates` makes them; no index is kept)."""
     score_layers: Optional[str] = None
     """Layers that score for all groups, "0-3+7"; "auto": the calibration's, or four by depth without one."""
     score_queries: Optional[int] = None

@@ -64,7 +64,8 @@ class KVStats:
     """Of all sequences, those that they share once."""
     device_kv_bytes: int
     device_index_bytes: int
-    """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries. Of "refreekv": queries."""
+    """K rows of the scoring layers in a small type, for all tokens, or means of them; and the newest queries. Of "refreekv": queries. Of "kvzip":
+    the gates' weights, and the scores of a step."""
     device_staging_bytes: int
     device_compute_bytes: int
     host_kv_bytes: int

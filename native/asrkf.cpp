@@ -187,17 +187,21 @@ enum asrkf_status asrkf_calibrate(struct llama_model * model, const int32_t * to
     });
 }
 
-enum asrkf_status asrkf_calibration_file(const struct llama_model * model, char * out, size_t size) {
+static enum asrkf_status path_of(std::string (*file_of)(const llama_model *), const struct llama_model * model, char * out, size_t size) {
     return guarded([&] {
         need(model, "model");
         need(out, "out");
-        const std::string file = model_calibration_file(model);
+        const std::string file = file_of(model);
         if (file.size() >= size) {
             throw error(ASRKF_INVALID_ARGUMENT, format("%zu bytes are needed for the path, %zu are there", file.size() + 1, size));
         }
         std::memcpy(out, file.c_str(), file.size() + 1);
     });
 }
+
+enum asrkf_status asrkf_calibration_file(const struct llama_model * model, char * out, size_t size) { return path_of(model_calibration_file, model, out, size); }
+
+enum asrkf_status asrkf_gates_file(const struct llama_model * model, char * out, size_t size) { return path_of(model_gates_file, model, out, size); }
 
 enum asrkf_status asrkf_next_calibrator(asrkf_calibrator next, void * user) {
     return guarded([&] {

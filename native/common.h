@@ -32,7 +32,7 @@ std::string format(const char * fmt, ...) __attribute__((format(printf, 1, 2)));
 // For tests: what this thread keeps from one step to the next, because it changes little, is made anew each time.
 extern thread_local bool makes_anew;
 
-enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE };
+enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECENCY, SCORE_NONE, SCORE_GATE };
 enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
 enum state_kind { STATE_OWN = 0, STATE_UPSTREAM };
 enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };

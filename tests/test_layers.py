@@ -15,7 +15,7 @@ CUDA_HEADERS = {"<cuda_fp16.h>", "<cuda_runtime.h>", "<cuda_runtime_api.h>", "cu
 NATIVE = {
     "policy": {"common.h", "policy"},
     "store": {"common.h", "store", "ggml"},
-    "scoring": {"common.h", "scoring", "ggml"},
+    "scoring": {"common.h", "scoring", "ggml", "gguf.h"},
     "cuda": {"common.h", "scoring", "cuda", "ggml", "ggml-backend-impl.h", *CUDA_HEADERS},
     "llama": {"common.h", "policy", "store", "scoring", "llama", "ggml", "llama-", "<nlohmann/json.hpp>"},
     "common": {"common.h", "asrkf.h"},

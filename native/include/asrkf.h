@@ -46,7 +46,8 @@ enum asrkf_policy {
     ASRKF_POLICY_WINDOW   = 3, /* control: the most recent tokens only */
     ASRKF_POLICY_RANDOM   = 4, /* control: the machinery of asrkf on random scores */
     ASRKF_POLICY_FLAG_ALL = 5, /* control: every token older than the window is flagged at every check */
-    ASRKF_POLICY_REFREEKV = 6  /* arXiv 2502.16886: where a prompt ends, as much is frozen as its last query's attention allows */
+    ASRKF_POLICY_REFREEKV = 6, /* arXiv 2502.16886: where a prompt ends, as much is frozen as its last query's attention allows */
+    ASRKF_POLICY_KVZIP    = 7  /* arXiv 2601.17668: gates score each token once, by its hidden state alone */
 };
 
 /* Configuration. asrkf_config_default() fills it, asrkf_config_parse() reads "name,key=value,...". The keys, their
@@ -92,6 +93,7 @@ struct asrkf_config {
     uint64_t device_limit;     /* bytes, 0: what is free */
     char     layers[1024];
     char     calibration[1024];
+    char     gates[1024];      /* with score=gate; "": the model's own, asrkf_gates_file() */
     char     score_layers[1024];
     char     pinned[1024];
 };
@@ -120,7 +122,7 @@ struct asrkf_stats {
     int32_t  type_v;
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
-    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries; for cuts: queries */
+    uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries; for cuts: queries; for gates: their weights, and the scores of a step */
     uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
     uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers, and those of scoring and cuts */
     uint64_t host_kv_bytes;            /* allocated for the host store */
@@ -275,6 +277,8 @@ ASRKF_API enum asrkf_status asrkf_calibrate(struct llama_model * model, const in
 
 /* Where the side file of this model is looked for when the settings name none; size includes the final NUL. */
 ASRKF_API enum asrkf_status asrkf_calibration_file(const struct llama_model * model, char * out, size_t size);
+/* The same of its gates. */
+ASRKF_API enum asrkf_status asrkf_gates_file(const struct llama_model * model, char * out, size_t size);
 
 /* What makes a side file when a context of this thread needs one and has none: asked while the context is created, it writes the
  * file's name to out and returns 0; 1: there is none, and budgets are a guess by depth; 2: the context is refused. NULL takes

@@ -72,8 +72,9 @@ measured_layers measure_layers(llama_model & model, const std::vector<int32_t> &
 using calibrator = std::function<std::string(llama_model &)>;
 void set_next_calibrator(const calibrator & next);
 
-// Where the engine looks for the side file of this model.
+// Where the engine looks for the side files of this model.
 std::string model_calibration_file(const llama_model * model);
+std::string model_gates_file(const llama_model * model);
 
 // Text and status of the last failure on this thread.
 void         set_last_error(const std::string & text, asrkf_status status);

@@ -42,11 +42,11 @@ std::filesystem::path cache_folder() {
 // Does a calibration change anything for this context?
 bool is_wanted(const llama_cparams & cparams, const asrkf_config & config) {
     const policy_params rule = make_policy_params(config, 1);
-    if (rule.score != SCORE_ATTENTION || (!rule.cuts && (config.pool_ratio >= 1 || config.pool_cells >= cparams.n_ctx))) {
+    if ((rule.score != SCORE_ATTENTION && rule.score != SCORE_GATE) || (!rule.cuts && (config.pool_ratio >= 1 || config.pool_cells >= cparams.n_ctx))) {
         return false;
     }
     const bool splits = std::strcmp(config.layers, "two") == 0 || std::strcmp(config.layers, "each") == 0;
-    return std::strcmp(config.score_layers, "auto") == 0 || splits;
+    return (rule.score == SCORE_ATTENTION && std::strcmp(config.score_layers, "auto") == 0) || splits;
 }
 
 // A file of this model, or a text that says why it is none.
@@ -66,6 +66,11 @@ void set_next_calibrator(const calibrator & next) { next_calibrator = next; }
 std::string calibration_file(const std::string & fingerprint) {
     const std::string folder = environment("ASRKF_CALIBRATIONS");
     return ((folder.empty() ? cache_folder() / "calibrations" : std::filesystem::path(folder)) / (fingerprint + ".asrkf.json")).string();
+}
+
+std::string gates_file(const std::string & fingerprint) {
+    const std::string folder = environment("ASRKF_GATES");
+    return ((folder.empty() ? cache_folder() / "gates" : std::filesystem::path(folder)) / (fingerprint + ".asrkf-gates.gguf")).string();
 }
 
 std::string found_calibration(const llama_model & model, const llama_cparams & cparams, const asrkf_config & config) {

@@ -3,6 +3,7 @@
 #include "llama/engine.h"
 #include "llama/refusal.h"
 #include "scoring/attention_loss.h"
+#include "scoring/projection.h"
 
 #include "llama-context.h"
 #include "llama-model.h"
@@ -25,8 +26,6 @@ bool is_view(const ggml_tensor * t) {
     return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE || t->op == GGML_OP_CONT;
 }
 
-bool is_weights(const ggml_tensor * t) { return t && t->op == GGML_OP_NONE && t->buffer && ggml_backend_buffer_get_usage(t->buffer) == GGML_BACKEND_BUFFER_USAGE_WEIGHTS; }
-
 bool is_norm(const ggml_tensor * t) { return t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_NORM; }
 
 float parameter(const ggml_tensor * t, size_t i) {
@@ -38,11 +37,7 @@ float parameter(const ggml_tensor * t, size_t i) {
 // The residual stream that a layer's queries are made of: up from q to the matrix that makes it, and over the norm before
 // that, if there is one.
 ggml_tensor * input_of(const ggml_tensor * attention) {
-    const ggml_tensor * t = attention->src[0];
-    while (t && !(t->op == GGML_OP_MUL_MAT && is_weights(t->src[0]))) {
-        t = t->op == GGML_OP_MUL_MAT ? t->src[1] : t->src[0];
-    }
-    ggml_tensor * input = t ? t->src[1] : nullptr;
+    ggml_tensor * input = projected_input(attention->src[0]);
     ggml_tensor * up    = input;
     while (up && (is_view(up) || is_norm(up) || ((up->op == GGML_OP_MUL || up->op == GGML_OP_ADD) && is_weights(up->src[1])))) {
         if (is_norm(up)) {

@@ -2,6 +2,7 @@
 
 #include "llama/creation.h"
 #include "llama/engine.h"
+#include "llama/gate_scores.h"
 #include "llama/layout.h"
 #include "llama/prompt_cut.h"
 #include "llama/scores.h"
@@ -341,6 +342,11 @@ bytes_by_device bytes_of(const settings & config, const llama_memory_params & pa
         }
         for (const auto & [buft, bytes] : rows->room_bytes()) {
             needed[owner_of(buft)].compute_bytes += bytes;
+        }
+    }
+    if (const auto computing = make_gates(config, made.groups, ggml_backend_cpu_buffer_type(), /*no_alloc*/ true)) {
+        for (const auto & [buft, bytes] : computing->breakdown()) {
+            needed[owner_of(buft)].index_bytes += bytes;
         }
     }
     return needed;

@@ -1,4 +1,4 @@
-// The budget driver, of `asrkf`, of the controls `window` and `random`, and of `refreekv` between its cuts: which tokens of the
+// The budget driver, of `asrkf`, of the controls `window` and `random`, of `kvzip`, and of `refreekv` between its cuts: which tokens of the
 // history get the cells that are left beside protected and new tokens. Four kinds are chosen in turn, while there is room:
 // 0. what was active when a state was saved; 1. what the newest queries ask for, in whole blocks; 2. a small share for tokens
 // whose timer ended; 3. the rest by score. Who is active and not chosen is frozen.

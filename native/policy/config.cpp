@@ -25,7 +25,7 @@ struct field {
     const char * doc;
 };
 
-const char * const policy_choices = "full|asrkf|paper|window|random|flag-all|refreekv";
+const char * const policy_choices = "full|asrkf|paper|window|random|flag-all|refreekv|kvzip";
 
 #define AT(member) offsetof(asrkf_config, member)
 // The table. The Python dataclass and docs/policy.md are checked against it.
@@ -34,10 +34,11 @@ const field table[] = {
     { "types", CHOICE, AT(types), "given|auto", 0, 0, "types of K and V: the context's (-ctk, -ctv), or the best that the pool's bytes have room for: all tokens in f16, else all in q8_0, else a pool in q8_0" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
     { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities, or \"off\" for a guess by depth; without it the model's own from the cache folder" },
+    { "gates", TEXT, AT(gates), "", 0, 0, "file of asrkf gates, for score=gate; without it the model's own from the cache folder" },
     { "sinks", INTEGER, AT(sinks), "", 0, 4096, "first positions that are never frozen" },
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
-    { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), or a control" },
+    { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none|gate", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), a control, or what the layer's gate says of the token (needs asrkf gates, and no index)" },
     { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score for all groups, \"0-3+7\"; \"auto\": the calibration's, or four by depth without one" },
     { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "queries that score: of the newest steps, and from all over a long one" },
     { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16; f16 for mean_key" },
@@ -331,13 +332,21 @@ static void apply_preset(asrkf_config & c) {
             c.rewalk_tokens = 0;
             c.timer_share   = 0;
             break;
+        case ASRKF_POLICY_KVZIP:
+            c.score         = SCORE_GATE;
+            c.window        = 128; // the published one of decoding
+            c.recall        = RECALL_OFF;
+            c.rewalk_tokens = 0;
+            c.timer_share   = 0;   // a score never changes: nothing to judge anew
+            c.hysteresis    = 0;
+            break;
         default:
             break;
     }
 }
 
 asrkf_config config_default(int32_t policy) {
-    if (policy < ASRKF_POLICY_FULL || policy > ASRKF_POLICY_REFREEKV) {
+    if (policy < ASRKF_POLICY_FULL || policy > ASRKF_POLICY_KVZIP) {
         invalid(format("policy %d is unknown", policy));
     }
     asrkf_config c = {};
@@ -366,7 +375,8 @@ asrkf_config config_default(int32_t policy) {
     c.block         = 32;
     c.moves         = MOVES_AUTO;
     c.state         = STATE_OWN;
-    set_text(c.layers, policy == ASRKF_POLICY_ASRKF || policy == ASRKF_POLICY_REFREEKV ? "each" : "shared"); // the controls and the paper have one set
+    const bool by_layer = policy == ASRKF_POLICY_ASRKF || policy == ASRKF_POLICY_REFREEKV || policy == ASRKF_POLICY_KVZIP;
+    set_text(c.layers, by_layer ? "each" : "shared"); // the controls and the paper have one set
     set_text(c.score_layers, "auto");
     apply_preset(c);
     return c;
@@ -436,7 +446,7 @@ std::string config_format(const asrkf_config & config) {
 }
 
 void config_check(const asrkf_config & config) {
-    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_REFREEKV) {
+    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_KVZIP) {
         invalid(format("policy %d is unknown", config.policy));
     }
     for (const auto & f : table) {
@@ -485,6 +495,12 @@ void config_check(const asrkf_config & config) {
     const bool by_threshold = config.policy == ASRKF_POLICY_PAPER || config.policy == ASRKF_POLICY_FLAG_ALL;
     if (config.recovery == RECOVERY_SECOND_LOOK && (config.score != SCORE_ATTENTION || config.recall == RECALL_OFF || by_threshold)) {
         invalid("recovery=second_look restores the frozen tokens that a query attends to: it needs asrkf with score=attention, and recall=exact or mean_key");
+    }
+    if (config.score == SCORE_GATE && config.recall != RECALL_OFF) {
+        invalid("score=gate with recall: a gate's score never changes, so nothing would ever come back by it; use recall=off");
+    }
+    if (config.score == SCORE_GATE && (by_threshold || config.policy == ASRKF_POLICY_REFREEKV)) {
+        invalid("score=gate is for the drivers that keep a budget: use kvzip, or asrkf with recall=off");
     }
     if (config.order == ORDER_RELEVANCE && config.score != SCORE_ATTENTION && config.score != SCORE_MAGNITUDE) {
         invalid("order=relevance goes by scores, and this score gives none: use score=attention or order=position");

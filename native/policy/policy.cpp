@@ -49,7 +49,7 @@ uint64_t policy::required_cells(const policy_params & params, uint32_t n_ubatch,
     return uint64_t(params.sinks) + params.window + n_pinned + std::min(n_ubatch, params.block) + 2ull*params.block;
 }
 
-uint32_t policy::max_ubatch() const { return std::max(params.block, params.cuts ? params.pool_cells / 4 : params.window / 2); }
+uint32_t policy::max_ubatch() const { return std::max(params.block, params.cuts || params.score == SCORE_GATE ? params.pool_cells / 4 : params.window / 2); }
 
 void policy::resize(uint32_t pool_cells) {
     if (pool_cells == params.pool_cells) {

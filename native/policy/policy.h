@@ -18,6 +18,7 @@
 //   lowest score first. When c is reset is not published: here it never is while the token lives.
 // - cut (refreekv): where a prompt ends, by its last query's attention (norm_cut.h). Between cuts the budget driver only keeps
 //   the bound: nothing comes back because there is room.
+// kvzip (arXiv 2601.17668) is the budget driver with scores that never change: each token's gate has spoken when it was computed.
 #pragma once
 
 #include "policy/config.h"
@@ -93,8 +94,8 @@ public:
     // Cells that must fit beside each other in the smallest legal pool: sinks + window + pinned + one batch + two blocks.
     static uint64_t required_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned);
 
-    // Longest step to let through: half a window, so that every new token sees at least half a window of its past; with cuts,
-    // whose window may be one token, what that would be if the window were half of the pool.
+    // Longest step to let through: half a window, so that every new token sees at least half a window of its past; with cuts
+    // and gates, whose window may be small, what that would be if the window were half of the pool.
     uint32_t max_ubatch() const;
 
     // The cells to decide about from now on.
@@ -112,8 +113,9 @@ public:
     void set_frozen(uint32_t token, bool frozen, bool held); // explicit freeze (held: no timer) and restore
     void set_frozen_copy(uint32_t token);                    // its bytes are on the host now: if it was active, it comes back first
     // Without recall a frozen token keeps the score that it was frozen with, and each group has its own: see ranking::observe().
-    bool has_own_scores() const { return params.wants_scores() && !params.recall; }
-    void observe(uint32_t token, float score, float peak, float keep) { // of an active one
+    // So it is with gates, which score a token once, layer by layer.
+    bool has_own_scores() const { return params.score == SCORE_GATE || (params.wants_scores() && !params.recall); }
+    void observe(uint32_t token, float score, float peak, float keep) { // of an active one; of any, if gates score
         ranking::blend(histories[token].score, score, peak, keep);
     }
 

@@ -16,7 +16,7 @@ static bool says(const std::string & text, const char * part) {
 }
 
 TEST(round_trip, "every preset survives format and parse") {
-    for (int32_t policy = ASRKF_POLICY_FULL; policy <= ASRKF_POLICY_REFREEKV; ++policy) {
+    for (int32_t policy = ASRKF_POLICY_FULL; policy <= ASRKF_POLICY_KVZIP; ++policy) {
         asrkf_config c = config_default(policy);
         c.pool_cells = 2048;
         c.ema        = 0.85f;
@@ -76,6 +76,9 @@ TEST(refusals, "errors name key, value and remedy") {
     CHECK(says(thrown([] { config_parse("refreekv,rows=0"); }), "rows=0 is out of range [1, 64]"));
     CHECK(says(thrown([] { config_parse("refreekv,order=age"); }), "known: position, relevance"));
     CHECK(says(thrown([] { config_parse("refreekv,repeat=0.5"); }), "whole number"));
+    CHECK(says(thrown([] { config_parse("asrkf,score=gate"); }), "use recall=off"));
+    CHECK(says(thrown([] { config_parse("paper,score=gate"); }), "use kvzip"));
+    CHECK(thrown([] { config_parse("asrkf,score=gate,recall=off"); }).empty());
     CHECK(says(thrown([] { config_parse("refreekv,order=relevance,score=recency"); }), "order=relevance goes by scores"));
     CHECK(says(thrown([] { config_parse("asrkf,score=atention"); }), "did you mean \"attention\""));
     CHECK(says(thrown([] { config_parse("asrkf,pool"); }), "not key=value"));
