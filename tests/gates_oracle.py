@@ -39,15 +39,15 @@ def queries_and_keys(path: str, tokens: list[int]) -> dict[str, np.ndarray]:
     return found
 
 
-def targets(q: np.ndarray, k: np.ndarray, n_document: int, begin: int, end: int, n_heads_kv: int, head: int) -> np.ndarray:
+def targets(q: np.ndarray, k: np.ndarray, n_document: int, begin: int, end: int, n_heads_kv: int, scale: float) -> np.ndarray:
     """Of one chunk of a document, behind which it was repeated: [tokens of the chunk, KV heads], query by query."""
+    head = k.shape[1] // n_heads_kv
     q, k = q.astype(np.float64).reshape(len(q), n_heads_kv, -1, head), k.astype(np.float64).reshape(len(k), n_heads_kv, head)
     best = np.zeros((end - begin, n_heads_kv))
     for i in range(n_document, len(q)):
         seen = [*range(min(4, begin)), *range(begin, end), *range(n_document, i + 1)]
         for h in range(n_heads_kv):
-            for g in range(q.shape[2]):
-                weight = np.exp(k[seen, h] @ q[i, h, g] / np.sqrt(head))
-                weight /= weight.sum()
-                best[:, h] = np.maximum(best[:, h], weight[min(4, begin) :][: end - begin])
+            weight = np.exp(k[seen, h] @ q[i, h].T * scale)
+            weight = (weight / weight.sum(0)).max(1)
+            best[:, h] = np.maximum(best[:, h], weight[min(4, begin) :][: end - begin])
     return best

@@ -6,6 +6,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Optional
 
 from tabulate import tabulate
 
@@ -20,16 +21,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "A gate is a small network in an attention layer that tells from a token's hidden state alone how much attention the token will get "
         "(Fast KVzip, arXiv 2601.17668). kv_policy=kvzip keeps what the gates value, so it needs those of its model. Both ways to make "
-        'them need PyTorch: pip install torch.'
+        "them need PyTorch: pip install torch."
     )
     ways = parser.add_subparsers(dest="way", required=True)
-    learn = ways.add_parser("train", help="train them on the model's own attention: a pass of the model over a text, then minutes to hours of PyTorch")
+    learn = ways.add_parser("train", help="train them on the model's own attention with texts: minutes to hours")
     learn.add_argument("model", help=MODEL_FORMS)
     learn.add_argument("--tokens", type=int, default=TOKENS, help="tokens of the texts, of each the same share (default %(default)s)")
-    learn.add_argument("--text", action="append", default=[], metavar="FILE", help="read this text besides the standard library's pydoc_data.topics; may be repeated")
+    learn.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help="read this, too, besides Python's pydoc_data.topics; may be repeated"
+    )
     learn.add_argument("-t", "--threads", type=int, default=None)
     learn.add_argument("--n-gpu-layers", type=int, default=-1, help="layers of the model on the GPU (default: all); the gates are trained on the CPU")
-    learn.add_argument("--work-folder", type=Path, help="where features lie until the end (default: in the cache folder); a run that was stopped goes on from there")
+    learn.add_argument(
+        "--work-folder", type=Path, help="where features lie until the end (default: the folder of gates); a run that was stopped goes on from there"
+    )
     learn.add_argument("--seed", type=int, default=0)
     change = ways.add_parser(
         "convert", help="convert published gates, a PyTorch file (.pt)",
@@ -86,7 +91,7 @@ def main_train(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def keep(gates: Gates, out: Path | None) -> None:
+def keep(gates: Gates, out: Optional[Path]) -> None:
     path = out or default_file(gates.model)
     write_gates(path, gates)
     how = "name it in kv_policy" if out else "the engine finds it there"

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import llama_cpp
 import numpy as np
 
 from .. import _native
@@ -20,11 +21,15 @@ def convert(published: Path, model_path: Path) -> Gates:
     layers = read_published(published)  # first: it is quick, and needs no model
     with loaded_model(model_path) as model:
         shapes, fingerprint = layer_shapes(model), _native.fingerprint(model)
-        n_layers = max(shapes) + 1
-    chosen = {il: layers[il] for il in shapes} if len(layers) == n_layers else dict(zip(shapes, layers, strict=False))
-    if len(layers) not in (n_layers, len(shapes)):
-        raise ValueError(f"{published.name} has gates of {len(layers)} layers, {model_path.name} has {len(shapes)} that can have one: another model's")
-    return Gates(fingerprint, {il: gate_of(state, shapes[il], f"{published.name}, layer {il}") for il, state in chosen.items()}, f"converted from {published.name}")
+        n_layers = llama_cpp.llama_model_n_layer(model)
+    if len(layers) == len(shapes):
+        states = dict(zip(shapes, layers, strict=True))
+    elif len(layers) == n_layers:
+        states = {il: layers[il] for il in shapes}
+    else:
+        raise ValueError(f"{published.name} has gates of {len(layers)} layers, {model_path.name} has {len(shapes)} that can have one")
+    gates = {il: gate_of(state, shapes[il], f"{published.name}, layer {il}") for il, state in states.items()}
+    return Gates(fingerprint, gates, f"converted from {published.name}")
 
 
 def read_published(path: Path) -> list[Any]:

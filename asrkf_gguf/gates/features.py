@@ -42,8 +42,8 @@ def cut_documents(model: Any, texts: Sequence[str], n_tokens: int, plan: Plan) -
         size = plan.document_tokens - len(head)
         pieces = [tokens[at : at + size] for at in range(0, len(tokens), size)]
         documents += [[*head, *piece] for piece in pieces if len(piece) >= _LEAST_DOCUMENT]
-    if sum(map(len, documents)) < LEAST_TOKENS:
-        raise ValueError(f"the texts have {sum(map(len, documents))} tokens, at least {LEAST_TOKENS} are needed: give a longer --text or more --tokens")
+    if (n := sum(map(len, documents))) < LEAST_TOKENS:
+        raise ValueError(f"the texts have {n} tokens, at least {LEAST_TOKENS} are needed: give a longer --text or more --tokens")
     return documents
 
 

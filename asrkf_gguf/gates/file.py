@@ -5,16 +5,14 @@ A GGUF of the architecture "asrkf-gates". Its keys are asrkf.gates.*; each layer
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
 import numpy as np
 
+from ..files import written_whole
 from ..models import cache_folder
 
 ARCHITECTURE, VERSION = "asrkf-gates", 1
@@ -69,7 +67,7 @@ class Gate:
 
     def scores(self, x: np.ndarray) -> np.ndarray:
         """Of [tokens, D], a layer's normalised input: [tokens, H], between 0 and 1."""
-        n_heads, n_sinks, dim = self.sinks.shape
+        n_heads, _, dim = self.sinks.shape
         x = x.astype(np.float32)
         q = _rms_norm((x @ self.q_weight.T + self.q_bias).reshape(len(x), n_heads, self.group, dim)) * self.q_norm
         k = _rms_norm((x @ self.k_weight.T).reshape(len(x), n_heads, 1, dim)) * self.k_norm
@@ -137,27 +135,10 @@ def default_file(fingerprint: str) -> Path:
     return gates_folder() / f"{fingerprint}.asrkf-gates.gguf"
 
 
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A file to write in its with block; behind it the file is at `path`, or, after an exception, nowhere."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        part = Path(file.name)
-    try:
-        yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.chmod(part, 0o644)  # others may read it, too
-        os.replace(part, path)
-    except BaseException:
-        part.unlink()
-        raise
-
-
 def write_gates(path: Path, gates: Gates) -> None:
     """All of it or nothing, whatever interrupts. OSError if it cannot be written."""
     n_sinks, dim = next(iter(gates.layers.values())).sinks.shape[1:]
-    with _written_whole(path) as part:
+    with written_whole(path) as part:
         writer = gguf.GGUFWriter(part, ARCHITECTURE)
         try:
             writer.add_uint32("asrkf.gates.version", VERSION)

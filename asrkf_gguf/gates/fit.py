@@ -8,7 +8,6 @@ published training adds it twice), and a short text is cut into smaller batches,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,8 +78,8 @@ def initial(torch: Any, shape: LayerShape, generator: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fit_gate(inputs: np.ndarray, targets: np.ndarray, shape: LayerShape, seed: int, progress: Callable[[float], None] = lambda _: None) -> Gate:
-    """Of one layer, from its features; the same for the same seed on one thread. progress gets the share that is done.
+def fit_gate(inputs: np.ndarray, targets: np.ndarray, shape: LayerShape, seed: int) -> Gate:
+    """Of one layer, from its features; the same for the same seed on one thread.
 
     RuntimeError if it comes to nothing finite.
     """
@@ -104,7 +103,6 @@ def fit_gate(inputs: np.ndarray, targets: np.ndarray, shape: LayerShape, seed: i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        progress((step + 1) / n_steps)
     try:
         return Gate(**{name: value.detach().numpy().copy() for name, value in parameters.items()})
     except ValueError as error:

@@ -27,7 +27,7 @@ _F32, _F16 = 0, 1  # of enum ggml_type
 class _Tensor(ctypes.Structure):
     """The beginning of struct ggml_tensor, in ggml.h."""
 
-    _fields_ = [  # noqa: RUF012  as ctypes wants it
+    _fields_ = [
         ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4), ("op", ctypes.c_int),
         ("op_params", ctypes.c_float * 16), ("flags", ctypes.c_int32), ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p),
     ]  # fmt: skip

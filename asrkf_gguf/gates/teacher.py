@@ -8,6 +8,7 @@ chunk, and the repetition itself. So a chunk's scores do not depend on how long 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -91,7 +92,7 @@ class Plan:
 def chunks_of(n_tokens: int, chunk_tokens: int) -> list[tuple[int, int]]:
     """[begin, end) of equally long chunks, so that scores can be compared."""
     edges = np.linspace(0, n_tokens, -(-n_tokens // chunk_tokens) + 1).round().astype(int).tolist()
-    return list(zip(edges[:-1], edges[1:], strict=True))
+    return list(itertools.pairwise(edges))
 
 
 def received(queries: np.ndarray, keys: np.ndarray, n_scored: int, scale: float, softcap: float = 0.0) -> np.ndarray:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from .. import _native
 from ..family import loaded_model
+from ..files import written_whole
 from .features import Features, cut_documents
 from .file import Gate, Gates, gates_folder
 from .fit import Figures, fit_gate, judge
@@ -98,9 +98,8 @@ def trained_layer(features: Features, il: int, seed: int) -> tuple[Gate, Figures
     inputs, targets = features.read(il)
     gate = fit_gate(inputs, targets, features.shapes[il], 1000 * seed + il)
     figures = judge(gate, inputs, targets)
-    with tempfile.NamedTemporaryFile(dir=features.folder, suffix=".part", delete=False) as file:
+    with written_whole(kept) as part, part.open("wb") as file:
         np.savez(file, figures=json.dumps(asdict(figures)), **asdict(gate))
-    Path(file.name).replace(kept)
     return gate, figures
 
 
