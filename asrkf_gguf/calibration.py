@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from . import _native
 from .family import metadata
+from .files import written_whole
 from .texts import topics
 
 TEXT_TOKENS = 1024  # twice as many changed the figures by less than another text did
@@ -79,17 +80,8 @@ def model_name(model: Any) -> str:
 
 def write_side_file(path: Path, content: dict[str, Any]) -> None:
     """All of it or nothing, whatever interrupts. OSError if it cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False) as file:
-        try:
-            file.write(json.dumps(content, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)  # others may read it, too
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with written_whole(path) as part:
+        part.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextlib.contextmanager

@@ -31,6 +31,7 @@ COMMANDS = (
     Command("plan", "plan", "does a model fit the device, or a card of a given size, and with which cache"),
     Command("calibrate", "calibrate", "measure a model's layers, for layers=two and layers=each"),
     Command("calibrations", "cli.calibrations", "which models have a calibration, and where it is"),
+    Command("gates", "gates.command", "make or convert the gates of kv_policy=kvzip"),
     Command("compare", "compare", "what a pool gains and costs here, with your model and text, beside upstream's caches"),
     Command("bench", "bench", "quality and needles of any GGUF against the full cache"),
     Command("plot", "cli.plot", "a picture of a run that was recorded with asrkf run --trace"),
