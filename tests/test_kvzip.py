@@ -15,6 +15,7 @@ from make_models import write_tiny
 from test_windowed import write_gemma3
 
 from asrkf_gguf import KVError, _native
+from asrkf_gguf._compat import quiet
 from asrkf_gguf.family import loaded_model
 from asrkf_gguf.gates.file import Gate, Gates, write_gates
 
@@ -64,14 +65,16 @@ class Watched:
         self._callback = _EVAL_CALLBACK(self._on_node)
         options = llama_cpp.llama_model_default_params()
         options.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(path.encode(), options)
+        with quiet():
+            self.model = llama_cpp.llama_model_load_from_file(path.encode(), options)
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = n_ctx, n_batch, n_batch, 1, 1
         params.type_k = params.type_v = type_kv
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.cb_eval = ctypes.cast(self._callback, type(params.cb_eval))
         _native.check(_native.lib.asrkf_next_context(_native.parse_config(policy)))
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        with quiet():
+            self.context = llama_cpp.llama_init_from_model(self.model, params)
         assert self.context, _native.last_error()
 
     def _on_node(self, node: int, ask: bool, _user: int) -> bool:
@@ -99,35 +102,35 @@ class Watched:
 
 
 def check_frozen(frozen: np.ndarray, scores: np.ndarray) -> None:
-    """Of the history, those with the lowest scores; two that rounding may exchange are as good."""
+    """Of the history, those with the lowest scores. llama.cpp's product with a Q8_0 matrix rounds the input to 8 bits, too."""
     n = len(scores)
     history = np.arange(n)[SINKS : n - WINDOW]
     assert not frozen[:SINKS].any() and not frozen[n - WINDOW :].any()
     gone, kept = scores[history][frozen[history]], scores[history][~frozen[history]]
-    assert len(gone) > 100 and len(kept) > 20 and gone.max() < kept.min() + 2e-4
+    assert len(gone) > 100 and len(kept) > 20 and gone.max() < kept.min() + 0.005
     assert np.std(scores) > 0.05  # else nothing would tell
 
 
 @pytest.mark.parametrize("type_kv", ["F16", "Q8_0"])
-@pytest.mark.parametrize("layers", ["each", "shared"])
+@pytest.mark.parametrize("layers", ["layers=0@512/1@512", "layers=shared,pool=512"], ids=["each", "shared"])
 def test_in_every_layer_the_tokens_with_the_lowest_scores_are_frozen(tiny, tmp_path, type_kv, layers):
     gates, file = gates_of(tiny, tmp_path)
     n = 700
-    watched = Watched(tiny, f"kvzip,layers={layers},pool=512,calibration=off,gates={file}", 1024, getattr(llama_cpp, f"GGML_TYPE_{type_kv}"))
+    watched = Watched(tiny, f"kvzip,{layers},gates={file}", 1024, getattr(llama_cpp, f"GGML_TYPE_{type_kv}"))
     tokens = some_tokens(n)
     for begin in range(0, n - 60, 64):
         watched.decode(tokens[begin : min(begin + 64, n - 60)])
     for token in tokens[n - 60 :]:
         watched.decode([token])
-    watched.decode(some_tokens(8, 2))  # a step that decides; its own scores come too late for that
+    watched.decode(some_tokens(16, 2))  # a step that decides; its own scores come too late for that
     scores = [gates.layers[il].scores(np.concatenate(watched.inputs[il])[:n]).max(1) for il in (0, 1)]
-    found = [watched.frozen(group, n + 8)[:n] for group in range(2 if layers == "each" else 1)]
-    if layers == "each":
+    found = [watched.frozen(group, n + 16)[:n] for group in range(2 if "/" in layers else 1)]
+    if len(found) == 2:
         for frozen, of_layer in zip(found, scores, strict=True):
-            check_frozen(np.concatenate([frozen, np.zeros(8, bool)]), np.concatenate([of_layer, np.ones(8)]))
+            check_frozen(np.concatenate([frozen, np.zeros(16, bool)]), np.concatenate([of_layer, np.ones(16)]))
         assert (found[0] != found[1]).any()
     else:
-        check_frozen(np.concatenate([found[0], np.zeros(8, bool)]), np.concatenate([(scores[0] + scores[1]) / 2, np.ones(8)]))
+        check_frozen(np.concatenate([found[0], np.zeros(16, bool)]), np.concatenate([(scores[0] + scores[1]) / 2, np.ones(16)]))
     watched.close()
 
 
@@ -144,9 +147,9 @@ def test_a_model_with_windows_has_gates_in_its_other_layers(load, tmp_path):
 
 def test_a_pool_that_holds_everything_needs_no_gates_and_changes_nothing(load, tiny):
     tokens = some_tokens(300)
-    full = load(tiny, n_ctx=512, logits_all=True)
+    full = load(tiny, n_ctx=512, n_batch=64, logits_all=True)
     full.eval(tokens)
-    llm = load(tiny, n_ctx=512, logits_all=True, kv_policy="kvzip", kv_pool=512)
+    llm = load(tiny, n_ctx=512, n_batch=64, logits_all=True, kv_policy="kvzip", kv_pool=512)
     llm.eval(tokens)
     assert np.array_equal(full._scores, llm._scores) and llm.kv_stats().frozen_cells == 0
 
@@ -165,14 +168,18 @@ def test_gates_count_as_device_bytes_and_the_pool_of_bytes_holds_them(load, tiny
 
 def test_a_state_keeps_the_scores(load, tiny, tmp_path):
     _, file = gates_of(tiny, tmp_path)
-    options = {"n_ctx": 2048, "n_batch": 64, "kv_policy": f"kvzip,calibration=off,gates={file}", "kv_pool": 512}
+    options = {"n_ctx": 2048, "n_batch": 64, "kv_policy": f"kvzip,layers=0@512/1@768,gates={file}"}
     llm = load(tiny, **options)
     llm.eval(some_tokens(1000))
     state = llm.save_state()
-    after = greedy(llm, [5], 100), [llm.kv_tokens(group) for group in (0, 1)]
     other = load(tiny, **options)
     other.load_state(state)
-    assert (greedy(other, [5], 100), [other.kv_tokens(group) for group in (0, 1)]) == after
+    for each in (llm, other):
+        each.eval(some_tokens(100, 2))
+    for group in (0, 1):
+        frozen = [{position for position, state in each.kv_tokens(group) if state == "frozen"} for each in (llm, other)]
+        # the one decides at other steps than the other; by age alone, most would differ
+        assert len(frozen[0] ^ frozen[1]) < 0.06 * len(frozen[0]) and len(frozen[0]) > 300
     check_states(other)
 
 

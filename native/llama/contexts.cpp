@@ -83,16 +83,16 @@ void group_context::build_side_branch(llm_graph_result & res, ggml_cgraph * gf, 
     whole.build_side_branch_of(res, gf, q, k_cur, kq_scale, il);
 }
 
-memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, gate_scores & gated, steps::split_batch batch)
-    : group_context(*this, groups[0], batch.ubatches), scored(scored), cuts(cuts), gated(gated), groups(groups), placing(placing), is_worst_case(false),
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, steps::split_batch batch)
+    : group_context(*this, groups[0], batch.ubatches), scored(scored), cuts(cuts), groups(groups), placing(placing), is_worst_case(false),
       rewalks(batch.rewalks), has_output(batch.has_output) {
     for (size_t ig = 1; ig < groups.size(); ++ig) {
         others.push_back(std::make_unique<group_context>(*this, groups[ig], batch.ubatches));
     }
 }
 
-memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, gate_scores & gated)
-    : group_context(*this, groups[0]), scored(scored), cuts(cuts), gated(gated), groups(groups), placing(placing), is_worst_case(true), rewalks(false), has_output(false) {
+memory_context::memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts)
+    : group_context(*this, groups[0]), scored(scored), cuts(cuts), groups(groups), placing(placing), is_worst_case(true), rewalks(false), has_output(false) {
     for (size_t ig = 1; ig < groups.size(); ++ig) {
         others.push_back(std::make_unique<group_context>(*this, groups[ig]));
     }
@@ -140,7 +140,7 @@ void memory_context::on_computed(llama_context & lctx, const llm_graph_result & 
         return look_again(lctx);
     }
     scored.run(side.scoring);
-    gated.queue(side.records);
+    scored.gated.queue(side.records);
     const bool is_last = i_cur + 1 == ubatches.size();
     placing.computed(lctx, res, ubatches[i_cur], is_last, is_last && has_output);
 }
@@ -168,7 +168,7 @@ void memory_context::look_again(llama_context & lctx) {
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
     build_scores(res, gf, q, k_cur, kq_scale, il);
     build_queries(res, gf, q, kq_scale, il);
-    gated.build(res.get_ctx(), gf, il, q);
+    scored.gated.build(res.get_ctx(), gf, il, q);
 }
 
 void memory_context::build_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {

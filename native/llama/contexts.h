@@ -26,8 +26,8 @@ protected:
 
 class memory_context final : public group_context {
 public:
-    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, gate_scores & gated, steps::split_batch batch);
-    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, gate_scores & gated); // worst case, for reserving compute buffers
+    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts, steps::split_batch batch);
+    memory_context(layer_groups & groups, steps & placing, scores & scored, prompt_cuts & cuts); // worst case, for reserving compute buffers
 
     bool next() override;
     bool apply() override;
@@ -42,7 +42,6 @@ public:
     side_step     side;    // of the current step
     scores &      scored;
     prompt_cuts & cuts;
-    gate_scores & gated;
     llama_memory_context_i * asked_as = this; // what llama.cpp's graphs were given
 
 private:

@@ -20,7 +20,7 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.tokens             = tokens.n_records();
     s.frozen_cells       = uint32_t(s.tokens) - s.active_cells;
     s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
-    s.device_index_bytes = scored.index_bytes() + cuts.ring_bytes() + gated.device_bytes();
+    s.device_index_bytes = scored.index_bytes() + cuts.ring_bytes();
     std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "%s", scored.backend().c_str());
     add_cut(s);
     const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
@@ -128,7 +128,7 @@ std::map<ggml_backend_buffer_type_t, size_t> figures::memory_breakdown() const {
             sum[buft] += size;
         }
     }
-    for (const auto & sizes : { scored.breakdown(), cuts.breakdown(), gated.breakdown() }) {
+    for (const auto & sizes : { scored.breakdown(), cuts.breakdown() }) {
         for (const auto & [buft, size] : sizes) {
             sum[buft] += size;
         }

@@ -10,8 +10,8 @@ namespace asrkf {
 class figures {
 public:
     figures(const settings & config, const layer_groups & groups, const token_table & tokens, const scores & scored, const prompt_cuts & cuts,
-            const gate_scores & gated, const steps & placing, const counters & counted, const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), scored(scored), cuts(cuts), gated(gated), placing(placing), counted(counted), budget(budget) {}
+            const steps & placing, const counters & counted, const host_budget & budget)
+        : config(config), groups(groups), tokens(tokens), scored(scored), cuts(cuts), placing(placing), counted(counted), budget(budget) {}
 
     asrkf_stats       stats(llama_context * ctx) const;
     asrkf_group_stats group_stats(uint32_t index) const;
@@ -30,7 +30,6 @@ private:
     const token_table &  tokens;
     const scores &       scored;
     const prompt_cuts &  cuts;
-    const gate_scores &  gated;
     const steps &        placing;
     const counters &     counted;
     const host_budget &  budget;

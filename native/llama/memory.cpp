@@ -74,12 +74,11 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
         const std::string & choice)
     : config(model, cparams, config), choice(choice), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
       tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted, budget),
-      read_back(prepare_groups(params)), scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, read_back),
-      cuts(this->config, groups, tokens, moves, scored, counted, params.type_k), gated(this->config, groups, tokens, moves, read_back),
-      sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
+      scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
+      cuts(this->config, groups, tokens, moves, scored, counted, params.type_k), sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
       states(this->config, groups, tokens, scored, sequences), asked(groups, tokens, moves, scored, counted),
-      placing(this->config, groups, tokens, moves, scored, cuts, gated, counted, budget),
-      seen(this->config, groups, tokens, scored, cuts, gated, placing, counted, budget) {}
+      placing(this->config, groups, tokens, moves, scored, cuts, counted, budget),
+      seen(this->config, groups, tokens, scored, cuts, placing, counted, budget) {}
 
 // Once groups and tokens stand, and before the scores, which need to know where they are read back to. Refuses before
 // anything is allocated.
@@ -95,14 +94,14 @@ ggml_backend_buffer_type_t memory::prepare_groups(const llama_memory_params & pa
 
 llama_memory_context_ptr memory::init_batch(llama_batch_allocr & balloc, uint32_t n_ubatch, bool /*embd_all*/) {
     try {
-        return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts, gated, placing.split(balloc, n_ubatch)), config.is_windowed);
+        return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts, placing.split(balloc, n_ubatch)), config.is_windowed);
     } catch (const std::exception & e) {
         refuse(e);
         return std::make_unique<llama_kv_cache_context>(LLAMA_MEMORY_STATUS_FAILED_PREPARE);
     }
 }
 
-llama_memory_context_ptr memory::init_full() { return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts, gated), config.is_windowed); }
+llama_memory_context_ptr memory::init_full() { return as_asked(std::make_unique<memory_context>(groups, placing, scored, cuts), config.is_windowed); }
 
 llama_memory_context_ptr memory::init_update(llama_context * ctx, bool /*optimize*/) {
     moves.set_context(ctx);
@@ -121,7 +120,6 @@ void memory::clear(bool data) {
     placing.clear();
     scored.clear_missed();
     cuts.clear();
-    gated.drop_pending();
     counted.clear();
     budget.peak_bytes = budget.used_bytes;
 }

@@ -6,7 +6,6 @@
 #include "llama/counters.h"
 #include "llama/engine.h"
 #include "llama/figures.h"
-#include "llama/gate_scores.h"
 #include "llama/groups.h"
 #include "llama/layout.h"
 #include "llama/prompt_cut.h"
@@ -84,10 +83,8 @@ private:
     layer_groups   groups;
     token_table    tokens;
     transfers      moves;
-    ggml_backend_buffer_type_t read_back; // where scores are read to, once the pools are there
     scores         scored;
     prompt_cuts    cuts;
-    gate_scores    gated;
     sequence_ops   sequences;
     shifts         shifted;
     saved_states   states;

@@ -49,6 +49,7 @@ void saved_states::check(llama_seq_id seq_id, llama_state_seq_flags flags) const
 
 void saved_states::write(llama_io_write_i & io, llama_seq_id seq_id, llama_state_seq_flags flags) const {
     check(seq_id, flags);
+    scored.gated.fold_in(); // no later step scores these tokens
     if (config.is_windowed && flags & LLAMA_STATE_SEQ_FLAGS_PARTIAL_ONLY) {
         write_u32(io, STATE_NOTHING);
         return;

@@ -46,7 +46,7 @@ std::unique_ptr<relevance> make_scorer(const settings & config, const std::vecto
 
 scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
         const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft)
-    : config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
+    : gated(config, groups, tokens, moves, buft), config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
     if (scoring_layers.empty()) {
         return;
     }
@@ -95,9 +95,10 @@ branch_shape scores::worst_shape(uint32_t n_tokens) const {
 }
 
 std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scores::breakdown() const {
-    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes;
+    std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes = gated.breakdown();
     if (scorer) {
-        sizes = devices->breakdown();
+        const auto computing = devices->breakdown();
+        sizes.insert(sizes.end(), computing.begin(), computing.end());
         sizes.insert(sizes.end(), scorer->breakdown().begin(), scorer->breakdown().end());
     }
     return sizes;
@@ -224,6 +225,7 @@ scores::missed_attention scores::wait_for_missed() {
 }
 
 void scores::fold_in() {
+    gated.fold_in();
     if (pending.empty()) {
         return;
     }

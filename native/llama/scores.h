@@ -3,7 +3,7 @@
 // next decision, never later and never earlier, so that a seed repeats.
 #pragma once
 
-#include "llama/transfers.h"
+#include "llama/gate_scores.h"
 #include "scoring/device_scorers.h"
 
 #include <functional>
@@ -61,6 +61,8 @@ public:
     scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
             const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft);
 
+    gate_scores gated; // with scores from them instead
+
     bool is_on() const { return scorer != nullptr; }
     std::string backend() const { return devices ? devices->kinds() : "none"; } // as asrkf_stats names it
 
@@ -70,8 +72,8 @@ public:
     void prepare(side_step & step, const std::vector<part> & parts, bool prompt_end);
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
-    // Of index and rings; and of what scores with them, beside the scheduler's own buffers.
-    size_t index_bytes() const { return scorer ? scorer->device_bytes() : 0; }
+    // Of index and rings, or gates; and of what scores with them, beside the scheduler's own buffers.
+    size_t index_bytes() const { return (scorer ? scorer->device_bytes() : 0) + gated.device_bytes(); }
     size_t compute_bytes() const { return devices ? devices->device_bytes() : 0; }
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // of both
 
@@ -94,7 +96,7 @@ public:
     // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
     // sequences share has what they all want of it.
     void fold_in();
-    void drop_pending() { pending.clear(); }
+    void drop_pending() { pending.clear(); gated.drop_pending(); }
     // Of the newest scores that came back.
     missed_attention missed() const { return newest_missed; }
     void clear_missed() { newest_missed = {}; }

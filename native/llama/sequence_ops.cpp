@@ -98,6 +98,7 @@ void sequence_ops::keep(llama_seq_id seq_id) {
 void sequence_ops::copy(llama_seq_id src, llama_seq_id dst, llama_pos p0, llama_pos p1) {
     sequence & from = tokens.named(src);
     sequence & to   = tokens.named(dst);
+    scored.gated.fold_in(); // a copy has them from its token, or never
     const uint32_t begin = tokens.lower_bound(from, std::max(p0, 0)), end = p1 < 0 ? from.n_tokens() : tokens.lower_bound(from, p1);
     std::vector<uint32_t> ids(from.records.begin() + begin, from.records.begin() + std::max(begin, end));
     if (!config.unified) {

@@ -168,7 +168,6 @@ void steps::computed(llama_context & ctx, const llm_graph_result & res, const ll
 // Room for what the step brings, in every group, and in the shares of those that have more than theirs.
 void steps::decide_and_move(const std::vector<demand> & wanted) {
     scored.fold_in();
-    gated.fold_in();
     const std::vector<demand> demands = with_shrunk_shares(wanted);
     plans_by_group plans;
     records_by_group leaving;

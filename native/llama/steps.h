@@ -2,7 +2,6 @@
 // batches of 2048 tokens on pools of that size. Placing a step is: fold the last scores in, decide, move, find slots.
 #pragma once
 
-#include "llama/gate_scores.h"
 #include "llama/outputs.h"
 #include "llama/prompt_cut.h"
 #include "llama/scores.h"
@@ -13,9 +12,9 @@ namespace asrkf {
 
 class steps {
 public:
-    steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, prompt_cuts & cuts, gate_scores & gated, counters & counted,
+    steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, prompt_cuts & cuts, counters & counted,
             const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), cuts(cuts), gated(gated), counted(counted), budget(budget), sampled(config.n_seq_max) {}
+        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), cuts(cuts), counted(counted), budget(budget), sampled(config.n_seq_max) {}
 
     // A batch in steps that fit the pools. rewalks: the last step is the end of the prompt once more. Throws error where it can
     // never fit; no token has changed then, but the last output's entropy has been read, and the sequences' shares may be
@@ -81,7 +80,6 @@ private:
     transfers &         moves;
     scores &            scored;
     prompt_cuts &       cuts;
-    gate_scores &       gated;
     counters &          counted;
     const host_budget & budget;
     bool                output_pending = false; // the last call had an output row

@@ -445,35 +445,8 @@ std::string config_format(const asrkf_config & config) {
     return text;
 }
 
-void config_check(const asrkf_config & config) {
-    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_KVZIP) {
-        invalid(format("policy %d is unknown", config.policy));
-    }
-    for (const auto & f : table) {
-        switch (f.kind) {
-            case INTEGER: check_range(f, at<uint32_t>(config, f), format("%u", at<uint32_t>(config, f))); break;
-            case REAL:
-                if (!std::isfinite(at<float>(config, f))) {
-                    invalid(format("%s is not a finite number", f.name));
-                }
-                // the float nearest to a bound may lie just outside it
-                check_range(f, double(std::nextafter(at<float>(config, f), float((f.minimum + f.maximum) / 2))), format("%g", at<float>(config, f)));
-                break;
-            case CHOICE:
-                if (at<int32_t>(config, f) < 0 || size_t(at<int32_t>(config, f)) >= split(f.choices, '|').size()) {
-                    invalid(format("%s %d is unknown", f.name, at<int32_t>(config, f)));
-                }
-                break;
-            case TEXT:
-                if (!std::memchr(&at<char>(config, f), 0, TEXT_BYTES)) {
-                    invalid(format("%s is longer than %zu characters", f.name, TEXT_BYTES - 1));
-                }
-                break;
-            case BYTES:
-            case POOL:
-                break;
-        }
-    }
+// Keys that contradict each other.
+static void check_together(const asrkf_config & config) {
     parse_positions("pinned", config.pinned);
     if (std::strcmp(config.score_layers, "auto") != 0 && parse_layers("score_layers", config.score_layers).empty()) {
         invalid("score_layers= names no layer: write \"auto\", or layers such as \"0-3+7\"");
@@ -508,6 +481,38 @@ void config_check(const asrkf_config & config) {
     if (has_groups && n_sizes > 0) {
         invalid("layers with pools of their own (\"0-8@512/9-29@1024\") leave no use for pool: drop one of the two");
     }
+}
+
+void config_check(const asrkf_config & config) {
+    if (config.policy < ASRKF_POLICY_FULL || config.policy > ASRKF_POLICY_KVZIP) {
+        invalid(format("policy %d is unknown", config.policy));
+    }
+    for (const auto & f : table) {
+        switch (f.kind) {
+            case INTEGER: check_range(f, at<uint32_t>(config, f), format("%u", at<uint32_t>(config, f))); break;
+            case REAL:
+                if (!std::isfinite(at<float>(config, f))) {
+                    invalid(format("%s is not a finite number", f.name));
+                }
+                // the float nearest to a bound may lie just outside it
+                check_range(f, double(std::nextafter(at<float>(config, f), float((f.minimum + f.maximum) / 2))), format("%g", at<float>(config, f)));
+                break;
+            case CHOICE:
+                if (at<int32_t>(config, f) < 0 || size_t(at<int32_t>(config, f)) >= split(f.choices, '|').size()) {
+                    invalid(format("%s %d is unknown", f.name, at<int32_t>(config, f)));
+                }
+                break;
+            case TEXT:
+                if (!std::memchr(&at<char>(config, f), 0, TEXT_BYTES)) {
+                    invalid(format("%s is longer than %zu characters", f.name, TEXT_BYTES - 1));
+                }
+                break;
+            case BYTES:
+            case POOL:
+                break;
+        }
+    }
+    check_together(config);
 }
 
 size_t config_n_fields() { return sizeof(table) / sizeof(table[0]); }
