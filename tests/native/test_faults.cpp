@@ -101,7 +101,7 @@ TEST(no_context, "calls that need no context refuse NULL, other struct sizes and
     CHECK(std::strcmp(asrkf_status_name(asrkf_status(ASRKF_INTERNAL + 1)), "unknown") == 0);
 
     REFUSED(asrkf_config_default(ASRKF_POLICY_ASRKF, nullptr));
-    for (const int32_t policy : { LOWEST, -1, ASRKF_POLICY_REFREEKV + 1, HIGHEST }) {
+    for (const int32_t policy : { LOWEST, -1, ASRKF_POLICY_KVZIP + 1, HIGHEST }) {
         REFUSED(asrkf_config_default(policy, &config));
     }
     CHECK(refuses_other_sizes<asrkf_config>([](asrkf_config * c) { return asrkf_config_default(ASRKF_POLICY_ASRKF, c); }));
