@@ -178,9 +178,7 @@ def test_a_state_keeps_the_scores(load, tiny, tmp_path):
         each.eval(some_tokens(100, 2))
     for group in (0, 1):
         frozen = [{position for position, state in each.kv_tokens(group) if state == "frozen"} for each in (llm, other)]
-        # the one decides at other steps than the other; by age alone, most would differ
-        assert len(frozen[0] ^ frozen[1]) < 0.15 * len(frozen[0]) and len(frozen[0]) > 300
-    check_states(other)
+        assert frozen[0] == frozen[1] and len(frozen[0]) > 300
 
 
 def test_tokens_that_are_taken_back_and_come_again_are_scored_again(load, tiny, tmp_path):

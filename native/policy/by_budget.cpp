@@ -90,8 +90,17 @@ void policy::choice::take(uint32_t i, cause c) {
 }
 
 void policy::choice::take_returning() {
-    if (p.returning) {
-        each_open<false>(p.returns.data(), nullptr, [&](uint32_t i) { take(i, cause::refill); });
+    if (!p.returning) {
+        return;
+    }
+    std::vector<ranked> back;
+    each_open<false>(p.returns.data(), nullptr, [&](uint32_t i) { back.push_back({ p.rank(i), i }); });
+    if (back.size() > left) { // this step has more tokens than the one before the state was saved
+        select(back, left, better_one());
+        back.resize(left);
+    }
+    for (const ranked & r : back) {
+        take(r.token, cause::refill);
     }
 }
 

@@ -445,10 +445,18 @@ inline void plain_policy::choice::take(uint32_t i, cause c) {
 }
 
 inline void plain_policy::choice::take_returning() {
+    std::vector<uint32_t> back;
     for (uint32_t i = 0; p.returning && i < p.n_tokens(); ++i) {
         if (p.tokens[i].returns && p.tokens[i].frozen && !p.is_protected(i, pos_end)) {
-            take(i, cause::refill);
+            back.push_back(i);
         }
+    }
+    if (back.size() > left) {
+        select_best(back, left, better());
+        back.resize(left);
+    }
+    for (const uint32_t i : back) {
+        take(i, cause::refill);
     }
 }
 
