@@ -10,7 +10,7 @@ import gguf
 import llama_cpp
 import numpy as np
 import pytest
-from kv import check_states, greedy
+from kv import check_states
 from make_models import write_tiny
 from test_windowed import write_gemma3
 
