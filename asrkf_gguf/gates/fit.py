@@ -1,9 +1,10 @@
 """Trains one layer's gate on its features. Layers do not depend on each other.
 
 As published: binary cross-entropy against the teacher's score, mean over tokens and sum over heads; SGD with momentum 0.9, learning rate
-0.2, batches of 1000 random tokens; the rate rises over the first 1 % of the steps, is halved behind half of them and once more behind
-three quarters. Every hundredth token is held out. What differs: the gate's bias is added once, as wherever gates are used (the
-published training adds it twice), and a short text is cut into smaller batches, so that there are enough steps.
+0.2; five passes of 1000 steps, each with random tokens; the rate rises over the first 1 % of the steps, is halved behind half of them and
+once more behind three quarters. Every hundredth token is held out. What differs: the gate's bias is added once, as wherever gates are
+used (the published training adds it twice). And batches are as small as it takes for 1000 of them, where the paper has 1000 tokens of a
+million: with 1000 tokens of a shorter text, there were so few steps that gates did not get far.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from .file import DIM, NORM_EPS, SINKS, Gate
 from .graph import LayerShape
 from .pytorch import import_torch
 
-EPOCHS, BATCH_TOKENS, LEAST_BATCHES = 5, 1000, 50  # batches of an epoch
+EPOCHS, EPOCH_STEPS = 5, 1000
+MOST_BATCH, LEAST_BATCH = 1000, 32  # tokens
 LEARNING_RATE, MOMENTUM = 0.2, 0.9
 HOLD_OUT = 100  # one of so many tokens
 WORTH_KEEPING = 0.05  # a score that is
@@ -87,7 +89,7 @@ def fit_gate(inputs: np.ndarray, targets: np.ndarray, shape: LayerShape, seed: i
     generator = torch.Generator().manual_seed(seed)
     rows = torch.from_numpy(np.flatnonzero(~held_out(len(inputs))))
     x, target = torch.from_numpy(inputs), torch.from_numpy(targets)
-    batch_tokens = max(1, min(BATCH_TOKENS, len(rows) // LEAST_BATCHES))
+    batch_tokens = min(MOST_BATCH, max(LEAST_BATCH, len(rows) // EPOCH_STEPS))
     n_batches = len(rows) // batch_tokens
     n_steps = EPOCHS * n_batches
     parameters = {name: value.requires_grad_() for name, value in initial(torch, shape, generator).items()}

@@ -33,7 +33,7 @@ class _Tensor(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _ggml() -> ctypes.CDLL:
+def _library() -> ctypes.CDLL:
     ggml = ctypes.CDLL(str(_native.LIBRARY_FOLDER / "libggml-base.so"))
     ggml.ggml_get_name.restype, ggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     ggml.ggml_op_desc.restype, ggml.ggml_op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
@@ -57,7 +57,7 @@ class Attention:
     """What one layer's attention computes with, in one step. Valid only while it is handed out."""
 
     def __init__(self, ggml: ctypes.CDLL, node: int, il: int, keys_name: str) -> None:
-        self._ggml, fattn = ggml, _Tensor.from_address(node)
+        self._library, fattn = ggml, _Tensor.from_address(node)
         self.il = il
         self.scale, self.max_bias, self.softcap = fattn.op_params[:3]
         self._q, self._k = fattn.src[0], fattn.src[1]
@@ -72,14 +72,14 @@ class Attention:
     def queries(self) -> np.ndarray:
         """As they meet the keys, behind RoPE: float32 [tokens, KV heads, group, head]."""
         q = _Tensor.from_address(self._q)
-        raw = _read(self._ggml, self._q, 0, self._ggml.ggml_nbytes(self._q))
+        raw = _read(self._library, self._q, 0, self._library.ggml_nbytes(self._q))
         strided = np.ndarray((q.ne[1], q.ne[2], q.ne[0]), np.float32, raw, strides=(q.nb[1], q.nb[2], q.nb[0]))
         return np.ascontiguousarray(strided).reshape(q.ne[1], self.n_heads_kv, self.group, q.ne[0])
 
     def keys(self, begin: int, end: int) -> np.ndarray:
         """Of these cells, behind RoPE: float32 [cells, KV heads, head]."""
         k = _Tensor.from_address(self._k)
-        raw = _read(self._ggml, self._k, begin * k.nb[1], (end - begin) * k.nb[1])
+        raw = _read(self._library, self._k, begin * k.nb[1], (end - begin) * k.nb[1])
         return raw.view(np.float16).reshape(end - begin, k.ne[2], k.ne[0]).astype(np.float32)
 
 
@@ -96,7 +96,7 @@ class Session:
     def __init__(self, model: Any, n_ctx: int, n_threads: Optional[int]) -> None:
         self.on_input: Optional[Callable[[int, np.ndarray], None]] = None
         self.on_attention: Optional[Callable[[Attention], None]] = None
-        self._ggml = _ggml()
+        self._library = _library()
         self._stopped: list[BaseException] = []
         self._callback = _EVAL_CALLBACK(self._on_node)  # kept: the context calls it
         params = llama_cpp.llama_context_default_params()
@@ -111,7 +111,7 @@ class Session:
             self._context = llama_cpp.llama_init_from_model(model, params)
         if not self._context:
             raise RuntimeError(f"no context of {n_ctx} tokens: {_native.last_error() or 'llama.cpp gave no reason (out of memory?)'}")
-        self._batch = llama_cpp.llama_batch_init(STEP_TOKENS, 0, 1)
+        self._step = llama_cpp.llama_batch_init(STEP_TOKENS, 0, 1)
         self.n_tokens = 0
 
     def _on_node(self, node: int, ask: bool, _user: Any) -> bool:
@@ -128,24 +128,24 @@ class Session:
                 x = _Tensor.from_address(node)
                 if x.type != _F32:
                     raise RuntimeError(f"layer {found[1]}: its normalised input is not F32: this model cannot have gates")
-                raw = _read(self._ggml, node, 0, self._ggml.ggml_nbytes(node))
+                raw = _read(self._library, node, 0, self._library.ggml_nbytes(node))
                 self.on_input(int(found[1]), raw.view(np.float32).reshape(-1, x.ne[0]))
             return True
-        if self.on_attention and self._ggml.ggml_op_desc(node) == b"FLASH_ATTN_EXT":
+        if self.on_attention and self._library.ggml_op_desc(node) == b"FLASH_ATTN_EXT":
             keys = _Tensor.from_address(_Tensor.from_address(node).src[1]).view_src
             keys_name = self._name(keys) if keys else "no view of a cache"
             if found := re.fullmatch(r"cache_k_l(\d+)", keys_name):
                 if not ask:
-                    self.on_attention(Attention(self._ggml, node, int(found[1]), keys_name))
+                    self.on_attention(Attention(self._library, node, int(found[1]), keys_name))
                 return True
         return not ask
 
     def _name(self, node: int) -> str:
-        return self._ggml.ggml_get_name(node).decode(errors="replace")
+        return self._library.ggml_get_name(node).decode(errors="replace")
 
     def decode(self, tokens: Sequence[int], progress: Optional[Callable[[int], None]] = None) -> None:
         """Behind what is there, in steps; progress gets each one's tokens."""
-        batch = self._batch
+        batch = self._step
         for at in range(0, len(tokens), STEP_TOKENS):
             step = tokens[at : at + STEP_TOKENS]
             batch.n_tokens = len(step)
@@ -172,7 +172,7 @@ class Session:
         self.n_tokens = n_tokens
 
     def close(self) -> None:
-        llama_cpp.llama_batch_free(self._batch)
+        llama_cpp.llama_batch_free(self._step)
         with quiet():
             llama_cpp.llama_free(self._context)
 
