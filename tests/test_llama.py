@@ -33,8 +33,10 @@ def test_a_pool_that_holds_everything_gives_the_tokens_of_full(load, smollm2, te
         check_states(llm)
 
 
-@pytest.mark.parametrize("type_kv", [F16, Q8_0, Q4_0])
-@pytest.mark.parametrize("policy", ["asrkf,pool=512", TWO_GROUPS, "asrkf,pool=512,moves=staged"])
+@pytest.mark.parametrize(
+    ("policy", "type_kv"),
+    [*((policy, kind) for policy in ("asrkf,pool=512", TWO_GROUPS) for kind in (F16, Q8_0, Q4_0)), ("asrkf,pool=512,moves=staged", Q8_0)],
+)
 def test_device_bytes_are_the_pools_and_stay_so(load, smollm2, text, policy, type_kv):
     llm = load(smollm2, kv_policy=policy, type_k=type_kv, type_v=type_kv)
     before = llm.kv_stats()
