@@ -52,6 +52,20 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Partial:
+    """The other way to hold a full cache that is too large: fewer layers on the device. What is left in RAM is read there for each token."""
+
+    kind: str
+    """Type of K and V."""
+    n_gpu_layers: int
+    """The most that fit; the output counts as one."""
+    n_layers: int
+    host_weights_bytes: int
+    host_kv_bytes: int
+    """Of a full context."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What `asrkf plan` prints."""
 
@@ -71,6 +85,8 @@ class Plan:
     is_estimate: bool
     """The device is not here: compute buffers are those of a CPU, with what a GPU is known to add."""
     sides: tuple[Side, ...]
+    partials: tuple[Partial, ...] = ()
+    """Of upstream's sides that do not fit; the one that leaves least in RAM comes first."""
     command: str = ""
 
 
@@ -102,6 +118,21 @@ def _weights_of(path: Path) -> tuple[int, int]:
     sizes = {name: n_bytes for part in parts_of(path) for name, n_bytes in whole_header(part).tensors.items()}
     embeddings = sizes.get("token_embd.weight", 0)
     return sum(sizes.values()) - (embeddings if "output.weight" in sizes else 0), embeddings
+
+
+def _partial(side: Side, path: Path, n_layers: int, room_bytes: int) -> Union[Partial, None]:
+    """With as many layers as have room beside the compute buffers. llama.cpp takes the output first, and then the last layers."""
+    sizes = {name: n_bytes for part in parts_of(path) for name, n_bytes in whole_header(part).tensors.items()}
+    layers = [sum(n for name, n in sizes.items() if name.startswith(f"blk.{il}.")) for il in range(n_layers)]
+    output = sum(n for name, n in sizes.items() if name.startswith("output")) + (0 if "output.weight" in sizes else sizes.get("token_embd.weight", 0))
+    left, n_there = room_bytes - side.compute_bytes - output, 0
+    while left >= 0 and n_there < n_layers and left >= layers[-1 - n_there] + side.kv_bytes // n_layers:
+        left -= layers[-1 - n_there] + side.kv_bytes // n_layers
+        n_there += 1
+    if left < 0:
+        return None
+    beside = n_layers - n_there
+    return Partial(side.kind, n_there + 1, n_layers + 1, sum(layers[:beside]), side.kv_bytes * beside // n_layers)
 
 
 def _bytes(size: Union[int, str]) -> int:
@@ -176,7 +207,14 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
     finally:
         _native.lib.asrkf_pretend_free(0)
     device = "a card that is not here" if is_elsewhere else (card or host).name
-    return Plan(name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides))
+    partials: list[Partial] = []
+    if is_elsewhere or card is not None:
+        n_layers = llama_cpp.llama_model_n_layer(model)
+        found = (_partial(each, path, n_layers, device_bytes - margin) for each in sides[:-1] if each.missing_bytes)
+        partials = sorted(filter(None, found), key=lambda each: each.host_weights_bytes + each.host_kv_bytes)
+    return Plan(
+        name, n_ctx, n_trained, device, device_bytes, margin, weights, beside, host.free_bytes, is_elsewhere, tuple(sides), tuple(partials)
+    )
 
 
 def to_text(made: Plan) -> str:
@@ -195,7 +233,9 @@ def to_text(made: Plan) -> str:
         f"weights: {human(made.weights_bytes)} there, {human(made.host_weights_bytes)} beside it in RAM; RAM available here: {human(made.ram_bytes)}",
         tabulate(rows, ["cache", "type", "cells", "K and V", "index", about, "with weights", "RAM for frozen", "fits"]),
         *(f"{side.name}: {side.refused}" for side in made.sides if side.refused),
-    ]
+        *(f"upstream {other.kind} with {other.n_gpu_layers} of {other.n_layers} layers there: about {human(other.host_weights_bytes)} of weights and "
+          f"{human(other.host_kv_bytes)} of K and V stay in RAM, where the CPU reads them for each token" for other in made.partials),
+    ]  # fmt: skip
     if made.n_ctx > made.n_trained:
         lines.append(f"warning: the model was trained for {made.n_trained} tokens; past them it writes nonsense, whatever the cache")
     if (most := max(side.host_bytes for side in made.sides)) > made.ram_bytes:

@@ -12,7 +12,7 @@ from conftest import python
 from make_models import write_llama, write_llama3_shape, write_tiny
 from test_windowed import write_gemma3
 
-from asrkf_gguf import __version__, plan
+from asrkf_gguf import Plan, __version__, plan
 from asrkf_gguf.cli import main
 
 F16 = gguf.GGMLQuantizationType.F16
@@ -64,6 +64,20 @@ def test_on_a_device_of_that_size_auto_takes_what_the_plan_says(load, smollm2):
         assert (side.kind, side.cells, side.kv_bytes) == (stats.type_k, stats.pool_cells, stats.device_kv_bytes)
 
 
+def check_partials(made: Plan) -> None:
+    """Of every full cache that does not fit: with so many layers it does, with one more it would not. All layers are alike."""
+    assert {other.kind for other in made.partials} == {side.kind for side in made.sides[:3] if side.missing_bytes}
+    in_ram = [other.host_weights_bytes + other.host_kv_bytes for other in made.partials]
+    assert in_ram == sorted(in_ram)
+    for other, beside in zip(made.partials, in_ram, strict=True):
+        side = next(side for side in made.sides if side.kind == other.kind)
+        n_beside = other.n_layers - other.n_gpu_layers
+        layer_bytes = beside / n_beside
+        needed = made.weights_bytes + side.cache_bytes + made.margin_bytes - beside
+        assert n_beside > 0 and needed <= made.device_bytes < needed + layer_bytes * 1.0001
+        assert other.host_kv_bytes == pytest.approx(side.kv_bytes * n_beside / (other.n_layers - 1), rel=1e-6)
+
+
 def test_cards_of_consumers_with_the_shape_of_llama_3_1_8b(tmp_path):
     """The types change as the card grows; what fits, fits with the margin; missing bytes are of the card, weights included."""
     write_llama3_shape(tmp_path / "model.gguf", 131072)
@@ -77,6 +91,7 @@ def test_cards_of_consumers_with_the_shape_of_llama_3_1_8b(tmp_path):
             assert (side.missing_bytes == 0) == (made.weights_bytes + side.cache_bytes + made.margin_bytes <= gib << 30)
         assert ours.missing_bytes == 0
         taken.append((ours.kind, ours.cells == 32768))
+        check_partials(made)
     assert taken == [("q8_0", False), ("q8_0", True), ("f16", True)]
 
 
