@@ -1,6 +1,6 @@
 """Write GGUF models with random weights for tests: a tiny one, and one with the shape of LLaMA-3 8B.
 
-    make_models.py tiny OUT.gguf
+    make_models.py tiny OUT.gguf        and with --gates OUT: random gates of it
     make_models.py llama3 OUT.gguf --vocab ggml-vocab-llama-bpe.gguf [--layers 2]
 
 Random weights say nothing about quality; they exercise shapes, cache types and memory.
@@ -11,9 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
+
+if TYPE_CHECKING:
+    from asrkf_gguf.gates.file import Gate, Gates
 
 
 def random_tensor(rng: np.random.Generator, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType, scale: float) -> np.ndarray:
@@ -180,6 +184,38 @@ def split(path: Path, n_parts: int) -> list[Path]:
     return sorted(path.parent.glob(f"{path.stem}-*-of-{n_parts:05}.gguf"))
 
 
+def random_gate(rng: np.random.Generator, n_embd: int, n_heads_kv: int, group: int) -> Gate:
+    """Which tells tokens apart: its scores spread over most of 0 to 1. Weights that Q8_0 keeps as they are."""
+    dim, n_sinks = 16, 8
+
+    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
+        return (scale * rng.standard_normal(shape)).astype(np.float32)
+
+    def matrix(rows: int) -> np.ndarray:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        return gguf.quants.dequantize(gguf.quants.quantize(draw(rows, n_embd), kind), kind)
+
+    from asrkf_gguf.gates.file import Gate  # the package is heavier than all else here
+
+    return Gate(
+        matrix(n_heads_kv * group * dim), draw(n_heads_kv * group * dim), matrix(n_heads_kv * dim), 1 + draw(dim, scale=0.3),
+        1 + draw(dim, scale=0.3), draw(n_heads_kv, n_sinks, dim, scale=0.3), draw(n_heads_kv, group),
+    )  # fmt: skip
+
+
+def write_random_gates(path: Path, model: str, layers=(0, 1), n_embd: int = 256, n_heads_kv: int = 2, group: int = 2) -> Gates:
+    """Of a model such as write_tiny()'s."""
+    from asrkf_gguf import _native
+    from asrkf_gguf.family import loaded_model
+    from asrkf_gguf.gates.file import Gates, write_gates
+
+    rng = np.random.default_rng(7)
+    with loaded_model(model) as opened:
+        made = Gates(_native.fingerprint(opened), {il: random_gate(rng, n_embd, n_heads_kv, group) for il in layers})
+    write_gates(path, made)
+    return made
+
+
 def write_lora(path: Path, *, n_layer: int = 2, n_embd: int = 256, rank: int = 4) -> None:
     """A LoRA adapter of random values for the queries and values' projections of write_tiny()'s model."""
     rng = np.random.default_rng(2)
@@ -203,9 +239,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vocab", type=Path, help="GGUF with LLaMA-3's tokenizer")
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--gates", type=Path, help="of the tiny one, to be written")
     arguments = parser.parse_args()
     if arguments.kind == "tiny":
         write_tiny(arguments.out)
+        if arguments.gates:
+            write_random_gates(arguments.gates, str(arguments.out))
     elif arguments.kind.endswith("-header"):
         write_llama3_shape(arguments.out, 8192 if arguments.kind == "llama3-header" else 131072)
     else:

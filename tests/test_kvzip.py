@@ -11,13 +11,13 @@ import llama_cpp
 import numpy as np
 import pytest
 from kv import check_states
-from make_models import write_tiny
+from make_models import write_random_gates, write_tiny
 from test_windowed import write_gemma3
 
 from asrkf_gguf import KVError, _native
 from asrkf_gguf._compat import quiet
 from asrkf_gguf.family import loaded_model
-from asrkf_gguf.gates.file import Gate, Gates, write_gates
+from asrkf_gguf.gates.file import Gates, write_gates
 
 SINKS, WINDOW = 4, 128
 _EVAL_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_bool, ctypes.c_void_p)
@@ -27,30 +27,9 @@ def some_tokens(n: int, seed: int = 1) -> list[int]:
     return np.random.default_rng(seed).integers(0, 250, n).tolist()
 
 
-def random_gate(rng: np.random.Generator, n_embd: int = 256, n_heads_kv: int = 2, group: int = 2) -> Gate:
-    """Which tells tokens apart: its scores spread over most of 0 to 1. Weights that Q8_0 keeps as they are."""
-    dim, n_sinks = 16, 8
-
-    def draw(*shape: int, scale: float = 1.0) -> np.ndarray:
-        return (scale * rng.standard_normal(shape)).astype(np.float32)
-
-    def matrix(rows: int) -> np.ndarray:
-        kind = gguf.GGMLQuantizationType.Q8_0
-        return gguf.quants.dequantize(gguf.quants.quantize(draw(rows, n_embd), kind), kind)
-
-    return Gate(
-        matrix(n_heads_kv * group * dim), draw(n_heads_kv * group * dim), matrix(n_heads_kv * dim), 1 + draw(dim, scale=0.3),
-        1 + draw(dim, scale=0.3), draw(n_heads_kv, n_sinks, dim, scale=0.3), draw(n_heads_kv, group),
-    )  # fmt: skip
-
-
 def gates_of(model: str, folder: Path, layers=(0, 1), **shape) -> tuple[Gates, str]:
     """Random ones, and their file."""
-    rng = np.random.default_rng(7)
-    with loaded_model(model) as opened:
-        made = Gates(_native.fingerprint(opened), {il: random_gate(rng, **shape) for il in layers})
-    write_gates(folder / "some.gguf", made)
-    return made, str(folder / "some.gguf")
+    return write_random_gates(folder / "some.gguf", model, layers, **shape), str(folder / "some.gguf")
 
 
 class Watched:

@@ -365,6 +365,12 @@ void machine(const char * policy, options o, uint32_t seed, int n_operations) {
 
 } // namespace
 
+// What kvzip needs, of the tiny model.
+static std::string gates_for(const std::string & policy) {
+    const char * file = std::getenv("ASRKF_TEST_GATES");
+    return policy.compare(0, 5, "kvzip") == 0 ? std::string(",gates=") + (file ? file : "ASRKF_TEST_GATES is not set") : "";
+}
+
 TEST(random_machine, "random operations, some made to fail, never lose or change a row of any sequence") {
     const char * one   = std::getenv("ASRKF_TEST_SEED");
     const char * count = std::getenv("ASRKF_TEST_OPERATIONS");
@@ -373,10 +379,10 @@ TEST(random_machine, "random operations, some made to fail, never lose or change
     std::printf("     seeds %u, %u; %d operations each\n", first, first + 1, n);
     for (uint32_t seed = first; seed < first + (one ? 1u : 2u); ++seed) {
         for (const char * moves : { "direct", "staged" }) {
-            const auto run = [&](const char * policy, options o) { machine((std::string(policy) + ",moves=" + moves).c_str(), o, seed, n); };
+            const auto run = [&](const char * policy, options o) { machine((policy + gates_for(policy) + ",moves=" + moves).c_str(), o, seed, n); };
             for (const char * policy : { "asrkf,pool=512", "asrkf,layers=0@512/1@768", "flag-all,pool=512", "paper,pool=512,tau=0.5", "random,pool=512,window=64",
                     "asrkf,pool=512,recall=mean_key", "window,pool=512", "asrkf,pool=512,host_limit=300kB", "asrkf,layers=0@512/1@768,recovery=second_look,look_share=0.5,look_trigger=random",
-                    "refreekv,pool=512,tolerance=0.3,repeat=40,rows=3" }) {
+                    "refreekv,pool=512,tolerance=0.3,repeat=40,rows=3", "kvzip,layers=0@512/1@768,window=64" }) {
                 run(policy, {});
             }
             options several;
@@ -384,6 +390,7 @@ TEST(random_machine, "random operations, some made to fail, never lose or change
             several.n_ctx = 3072;
             several.unified = true;
             for (const char * policy : { "asrkf,pool=768", "asrkf,layers=0@768/1@1024", "paper,pool=768,tau=0.5", "asrkf,pool=768,recall=mean_key", "asrkf,pool=768,host_limit=600kB",
+                    "kvzip,pool=768,window=64",
                     "asrkf,pool=768,host_limit=600kB,recovery=second_look,look_share=0.5,look_trigger=random",
                     "refreekv,pool=768,tolerance=0.3,host_limit=900kB", "refreekv,pool=768,tolerance=0.3,recall=exact,order=relevance" }) {
                 run(policy, several);
