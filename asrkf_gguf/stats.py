@@ -109,8 +109,8 @@ class KVStats:
     """Waiting for scores and folding them in; computing them is part of the step."""
     moves_seconds: float
     scoring_backend: str
-    """What computes scores: "graph" (ggml's operations), "cuda" (kernels of ours), "cuda+graph" where devices differ; "none": nothing
-    is scored."""
+    """What computes scores: "graph" (ggml's operations), "cuda" (kernels of ours), "cuda+graph" where devices differ; "gates": the
+    model's graph ("kvzip"); "none": nothing is scored."""
     groups: tuple[GroupStats, ...]
 
 

@@ -143,6 +143,7 @@ def test_gates_count_as_device_bytes_and_the_pool_of_bytes_holds_them(load, tiny
     llm.eval(some_tokens(3000))
     check_states(llm)
     assert llm.kv_stats().device_index_bytes == stats.device_index_bytes and llm.kv_stats().scoring_steps_total == 0
+    assert stats.scoring_backend == "gates"
 
 
 def test_a_state_keeps_the_scores(load, tiny, tmp_path):

@@ -159,7 +159,7 @@ struct asrkf_stats {
     double   policy_seconds;
     double   scoring_seconds;          /* waiting for scores and folding them in; computing them is part of the step */
     double   moves_seconds;
-    char     scoring_backend[16];      /* what computes scores: "graph" (ggml's operations), "cuda" (our kernels), "cuda+graph" where devices differ; "none": nothing is scored */
+    char     scoring_backend[16];      /* what computes scores: "graph" (ggml's operations), "cuda" (our kernels), "cuda+graph" where devices differ; "gates": the model's graph; "none": nothing is scored */
 };
 
 struct asrkf_group_stats {

@@ -19,6 +19,7 @@ public:
     // Where the policy goes by gates; else nothing is allocated. host: where scores are read to. Throws as gates do.
     gate_scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, ggml_backend_buffer_type_t host);
 
+    bool is_on() const { return computing != nullptr; }
     // q: the layer's queries, from which the graph leads to what they are made of.
     void build(ggml_context * ctx, ggml_cgraph * gf, int32_t il, ggml_tensor * q);
     // The step's graph has been queued: its scores, of these records. llama.cpp calls this where nothing may throw.

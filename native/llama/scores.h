@@ -64,7 +64,7 @@ public:
     gate_scores gated; // with scores from them instead
 
     bool is_on() const { return scorer != nullptr; }
-    std::string backend() const { return devices ? devices->kinds() : "none"; } // as asrkf_stats names it
+    std::string backend() const { return devices ? devices->kinds() : gated.is_on() ? "gates" : "none"; } // as asrkf_stats names it
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
     // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings. Throws
