@@ -296,15 +296,18 @@ def test_the_teachers_scores_are_what_numpy_finds_in_the_plain_attention(tmp_pat
             np.testing.assert_allclose(np.concatenate(inputs[il]), seen[f"attn_norm-{il}"][:600], atol=0.02)
 
 
-def test_a_repetition_is_taken_back_and_chunks_do_not_see_each_other(tiny):
-    document = np.random.default_rng(4).integers(0, 256, 600).tolist()
-    with loaded_model(Path(tiny)) as model, session(model, 1024, 1) as reading:
+@pytest.mark.parametrize("is_windowed", [False, True])
+def test_a_repetition_is_taken_back_and_leaves_no_trace(tiny, tmp_path, is_windowed):
+    path = write_gemma3(tmp_path / "gemma3.gguf") if is_windowed else tiny
+    document = np.random.default_rng(4).integers(0, 250, 600).tolist()
+    with loaded_model(Path(path)) as model, session(model, 1024, 1) as reading:
+        (*_, il) = layer_shapes(model, 1)
         scores = []
         for _ in range(2):
             reading.keep(0)
             reading.decode(document)
-            scores.append(score_document(reading, document, [1], INSTRUCTIONS, 350)[1])
-            scores.append(score_document(reading, document, [1], INSTRUCTIONS, 350)[1])
+            scores.append(score_document(reading, document, [il], INSTRUCTIONS, 350)[il])
+            scores.append(score_document(reading, document, [il], INSTRUCTIONS, 350)[il])
     assert all(np.array_equal(other, scores[0]) for other in scores[1:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from pathlib import Path
@@ -94,8 +95,8 @@ def main_train(arguments: argparse.Namespace) -> int:
 def keep(gates: Gates, out: Optional[Path]) -> None:
     path = out or default_file(gates.model)
     write_gates(path, gates)
-    how = "name it in kv_policy" if out else "the engine finds it there"
-    print(f"{path} written, {path.stat().st_size / 1e6:.1f} MB: {summary(gates)}; {how}")
+    found = "" if out else "; kv_policy=kvzip finds it there"
+    print(f"{path} written, {path.stat().st_size / 1e6:.1f} MB: {summary(gates)}{found}")
 
 
 def summary(gates: Gates) -> str:
@@ -106,6 +107,6 @@ def summary(gates: Gates) -> str:
         f"{first.n_heads_kv} KV heads with {first.group} query heads each",
         gates.source,
         f"{gates.tokens} tokens" if gates.tokens else "",
-        f"agreement {gates.agreement:.3f}" if gates.agreement == gates.agreement else "",
+        f"agreement {gates.agreement:.3f}" if math.isfinite(gates.agreement) else "",
     ]
     return ", ".join(filter(None, known))

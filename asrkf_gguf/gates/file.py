@@ -6,7 +6,7 @@ A GGUF of the architecture "asrkf-gates". Its keys are asrkf.gates.*; each layer
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -95,7 +95,6 @@ class Gates:
     """They were trained on; 0 where that is not known."""
     agreement: float = float("nan")
     """Share of held-out tokens where gate and teacher agree on what is worth keeping; nan where that is not known."""
-    norm_eps: float = field(default=NORM_EPS)
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -145,7 +144,7 @@ def write_gates(path: Path, gates: Gates) -> None:
             writer.add_string("asrkf.gates.model", gates.model)
             writer.add_uint32("asrkf.gates.dim", dim)
             writer.add_uint32("asrkf.gates.sinks", n_sinks)
-            writer.add_float32("asrkf.gates.norm_eps", gates.norm_eps)
+            writer.add_float32("asrkf.gates.norm_eps", NORM_EPS)
             writer.add_key_value("asrkf.gates.layers", list(gates.layers), gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
             if gates.source:
                 writer.add_string("asrkf.gates.source", gates.source)
@@ -197,8 +196,10 @@ def _read(reader: gguf.GGUFReader) -> Gates:
     layers = {il: Gate(**{attribute: tensors[name] for name, attribute in _names(il).items()}) for il in values["asrkf.gates.layers"]}
     gates = Gates(
         values["asrkf.gates.model"], layers, values.get("asrkf.gates.source", ""), values.get("asrkf.gates.tokens", 0),
-        values.get("asrkf.gates.agreement", float("nan")), values["asrkf.gates.norm_eps"],
+        values.get("asrkf.gates.agreement", float("nan")),
     )  # fmt: skip
+    if not np.isclose(values["asrkf.gates.norm_eps"], NORM_EPS):
+        raise ValueError(f"its norm_eps is {values['asrkf.gates.norm_eps']}, this program computes with {NORM_EPS}")
     stated = (values["asrkf.gates.sinks"], values["asrkf.gates.dim"])
     if any(gate.sinks.shape[1:] != stated for gate in layers.values()):
         raise ValueError(f"its tensors are not of the {stated[0]} sinks and {stated[1]} numbers a head that it states")

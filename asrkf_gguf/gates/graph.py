@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ class Attention:
         self.n_heads_kv, self.group = int(k.ne[2]), int(q.ne[2] // k.ne[2])
         storage = _Tensor.from_address(k.view_src)
         self.n_cells = int(storage.ne[1])
-        """Of the layer's cache: fewer than the context has with a sliding window."""
+        """Of the layer's cache: with small_windows fewer than the context has, if the layer has a window."""
 
     def queries(self) -> np.ndarray:
         """As they meet the keys, behind RoPE: float32 [tokens, KV heads, group, head]."""
@@ -93,7 +94,7 @@ class Session:
     """A context of upstream's cache, with one sequence. In each step, on_input gets the layers' normalised inputs (layer, float32
     [tokens, n_embd]), and on_attention what the layers' attentions see; either may be None. What they raise, decode() raises."""
 
-    def __init__(self, model: Any, n_ctx: int, n_threads: Optional[int]) -> None:
+    def __init__(self, model: Any, n_ctx: int, n_threads: Optional[int], small_windows: bool) -> None:
         self.on_input: Optional[Callable[[int, np.ndarray], None]] = None
         self.on_attention: Optional[Callable[[Attention], None]] = None
         self._library = _library()
@@ -101,10 +102,9 @@ class Session:
         self._callback = _EVAL_CALLBACK(self._on_node)  # kept: the context calls it
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, STEP_TOKENS, STEP_TOKENS, 1
-        if n_threads:
-            params.n_threads = params.n_threads_batch = n_threads
+        params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
         params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        params.swa_full = False  # a layer with a window is known by its smaller cache
+        params.swa_full = not small_windows
         params.cb_eval = ctypes.cast(self._callback, type(params.cb_eval))
         _native.check(_native.lib.asrkf_next_context(_native.parse_config("full")))  # whatever LLAMA_KV_POLICY says
         with quiet():
@@ -178,9 +178,10 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(model: Any, n_ctx: int, n_threads: Optional[int] = None) -> Iterator[Session]:
-    """RuntimeError or KVError if there is no context."""
-    opened = Session(model, n_ctx, n_threads)
+def session(model: Any, n_ctx: int, n_threads: Optional[int] = None, small_windows: bool = False) -> Iterator[Session]:
+    """With small_windows, layers with a sliding window have a cache for it only. Then keep() leaves them without what the window has moved
+    past. RuntimeError or KVError if there is no context."""
+    opened = Session(model, n_ctx, n_threads, small_windows)
     try:
         yield opened
     finally:
@@ -196,7 +197,7 @@ def layer_shapes(model: Any, n_threads: Optional[int] = None) -> dict[int, Layer
     attentions: dict[int, Attention] = {}
     window = int(llama_cpp.llama_model_n_swa(model))
     n_ctx = 256 * (-(-(window + STEP_TOKENS) // 256) + 1) if window else 256  # more than a windowed layer's cache has
-    with session(model, n_ctx, n_threads) as probe:
+    with session(model, n_ctx, n_threads, small_windows=True) as probe:
         probe.on_input = lambda il, x: inputs.update({il: x.shape[1]})
         probe.on_attention = lambda seen: attentions.update({seen.il: seen})
         probe.decode([0])
