@@ -95,7 +95,7 @@ def check_frozen(frozen: np.ndarray, scores: np.ndarray) -> None:
 def test_in_every_layer_the_tokens_with_the_lowest_scores_are_frozen(tiny, tmp_path, type_kv, layers):
     gates, file = gates_of(tiny, tmp_path)
     n = 700
-    watched = Watched(tiny, f"kvzip,{layers},gates={file}", 1024, getattr(llama_cpp, f"GGML_TYPE_{type_kv}"))
+    watched = Watched(tiny, f"kvzip,{layers},window={WINDOW},gates={file}", 1024, getattr(llama_cpp, f"GGML_TYPE_{type_kv}"))
     tokens = some_tokens(n)
     for begin in range(0, n - 60, 64):
         watched.decode(tokens[begin : min(begin + 64, n - 60)])
@@ -165,7 +165,7 @@ def test_tokens_that_are_taken_back_and_come_again_are_scored_again(load, tiny, 
     _, file = gates_of(tiny, tmp_path)
     found = []
     for again in (False, True):
-        llm = load(tiny, n_ctx=2048, n_batch=64, kv_policy=f"kvzip,calibration=off,gates={file}", kv_pool=512)
+        llm = load(tiny, n_ctx=2048, n_batch=64, kv_policy=f"kvzip,window={WINDOW},calibration=off,gates={file}", kv_pool=512)
         llm.eval(some_tokens(640))
         if again:
             llm.eval(some_tokens(100, 3))

@@ -334,7 +334,6 @@ static void apply_preset(asrkf_config & c) {
             break;
         case ASRKF_POLICY_KVZIP:
             c.score         = SCORE_GATE;
-            c.window        = 128; // the published one of decoding
             c.recall        = RECALL_OFF;
             c.rewalk_tokens = 0;
             c.timer_share   = 0;   // a score never changes: nothing to judge anew
