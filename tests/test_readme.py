@@ -65,6 +65,9 @@ def test_readmes_tables_are_made_from_the_committed_rows():
     gains, costs = made("readme-tables").split("\n\n")
     assert between(README, "gains: scripts/bench readme-tables", "end of gains") == gains
     assert between(README, "costs: scripts/bench readme-tables", "end of costs") == costs
+    equal = made("equal-bytes-table")
+    assert between(README, "equal bytes: scripts/bench equal-bytes-table", "end of equal bytes") == equal.split("\n\n")[0]
+    assert between(ROOT / "docs/results.md", "equal bytes: scripts/bench equal-bytes-table", "end of equal bytes") == equal
 
 
 def test_every_number_with_a_unit_in_readme_is_recomputed():
@@ -73,6 +76,7 @@ def test_every_number_with_a_unit_in_readme_is_recomputed():
     text = README.read_text()
     for table in ("gains", "costs"):
         text = text.replace(between(README, f"{table}: scripts/bench readme-tables", f"end of {table}"), "")
+    text = text.replace(between(README, "equal bytes: scripts/bench equal-bytes-table", "end of equal bytes"), "")
     assert not [line for line in text.splitlines() if line.startswith("|")]
     layers, heads, head, f16_bytes, context = 32, 8, 128, 2, 32768  # of Llama 3.1 8B; the shape: test_bytes_of_llama3_8b_are_128_kib_a_token
     token_bytes = layers * 2 * heads * head * f16_bytes

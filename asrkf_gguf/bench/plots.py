@@ -55,7 +55,7 @@ def plot_quality(pyplot: Any, source: Path) -> Any:
     colour = dict(zip(sides, colours(len(sides)), strict=True))
     widths = [1 + min(1, len(panel) / 8) for panel in by_length.values()]
     figure, axes = pyplot.subplots(
-        1, len(by_length), figsize=(1.7 * sum(widths) + 3, 4.5), width_ratios=widths, squeeze=False, sharey=True, layout="constrained"
+        1, len(by_length), figsize=(1.7 * sum(widths) + 3, max(4.5, 1 + 0.22 * len(sides))), width_ratios=widths, squeeze=False, sharey=True, layout="constrained"
     )
     drawn: dict[str, Any] = {}
     for axis, (length, panel) in zip(axes[0], by_length.items(), strict=True):
@@ -69,7 +69,7 @@ def plot_quality(pyplot: Any, source: Path) -> Any:
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="mean KL to the full F16 cache, nats")
     figure.supxlabel("KV and index on the device, MiB", fontsize="medium")
-    title = "squares: upstream's cache\ncircles: ours\ntriangles: controls, and the paper's rule"
+    title = "squares: upstream's cache\ncircles: ours\ntriangles: controls, and other methods"
     figure.legend([drawn[side] for side in sides], sides, loc="outside right upper", title=title, alignment="left")
     return figure
 

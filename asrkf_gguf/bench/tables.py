@@ -136,7 +136,8 @@ def needles_table() -> list[str]:
 
 def equal_bytes_table(path: Optional[Path] = None) -> str:
     """Upstream's caches, and pools that were given a part of the full F16 cache's bytes: what the same bytes buy. Most bytes first."""
-    found = [loss for loss in losses(path) if loss.length == LENGTH and (loss.policy == "full" or "%" in loss.side)]
+    of_bytes = (loss for loss in losses(path) if loss.length == LENGTH and loss.policy in ("full", "asrkf"))
+    found = [loss for loss in of_bytes if loss.policy == "full" or "%" in loss.side]
     found.sort(key=lambda loss: -loss.device_bytes)
     cells = [
         (loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}", f"{100 * loss.mean('top1_ratio'):.1f} %")
