@@ -55,7 +55,8 @@ def plot_quality(pyplot: Any, source: Path) -> Any:
     colour = dict(zip(sides, colours(len(sides)), strict=True))
     widths = [1 + min(1, len(panel) / 8) for panel in by_length.values()]
     figure, axes = pyplot.subplots(
-        1, len(by_length), figsize=(1.7 * sum(widths) + 3, max(4.5, 1 + 0.22 * len(sides))), width_ratios=widths, squeeze=False, sharey=True, layout="constrained"
+        1, len(by_length), figsize=(1.7 * sum(widths) + 3, max(4.5, 1 + 0.22 * len(sides))), width_ratios=widths, squeeze=False, sharey=True,
+        layout="constrained",
     )
     drawn: dict[str, Any] = {}
     for axis, (length, panel) in zip(axes[0], by_length.items(), strict=True):
