@@ -3,6 +3,7 @@ upstream's full cache and by a pool of a quarter. In the pool the fact lies far 
 the text is read, and must be recalled to be answered.
 
     scripts/demo [MODEL.gguf | smollm2 | hf:OWNER/REPO:QUANT] [--text FILE] [--fact F --question Q] [--depth 0.4] [--pool 2048]
+    scripts/demo --equal-bytes     # also upstream's caches of fewer bits, and pools of a third of F16's bytes: minutes more
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import llama_cpp
 from tabulate import tabulate
 
 from asrkf_gguf import KVStats, Llama, resolve_model
@@ -23,6 +25,14 @@ from asrkf_gguf.texts import topics
 
 N_CTX = 8192
 TEXT_TOKENS = 5900
+F16, Q8_0, Q4_0 = llama_cpp.GGML_TYPE_F16, llama_cpp.GGML_TYPE_Q8_0, llama_cpp.GGML_TYPE_Q4_0
+EQUAL_BYTES = {
+    "upstream, Q8_0": {"kv_policy": "full", "type_k": Q8_0, "type_v": Q8_0},
+    "upstream, K Q8_0, V Q4_0": {"kv_policy": "full", "type_k": Q8_0, "type_v": Q4_0},
+    "upstream, Q4_0": {"kv_policy": "full", "type_k": Q4_0, "type_v": Q4_0},
+    "asrkf, 33 %, Q8_0": {"kv_policy": "asrkf", "kv_pool": "33%", "type_k": Q8_0, "type_v": Q8_0},
+    "asrkf, 33 %, F16": {"kv_policy": "asrkf", "kv_pool": "33%", "type_k": F16, "type_v": F16},
+}
 FACT = "The telephone number of the Lindholm lighthouse is 48291. The lighthouse keeper of Lindholm answers at 48291."
 QUESTION = "What is the telephone number of the Lindholm lighthouse?"
 
@@ -45,14 +55,14 @@ class Prompt:
         return len(self.before) + len(self.fact)
 
 
-def make_prompt(model: str, text: str, fact: str, question: str, depth: float) -> Prompt:
+def make_prompt(model: str, text: str, n_tokens: int, fact: str, question: str, depth: float) -> Prompt:
     """The text with the fact after the first sentence that ends behind `depth` of it, then the question."""
     llm = Llama(model, n_ctx=256, verbose=False)
 
     def tokens(part: str, add_bos: bool = False, special: bool = False) -> list[int]:
         return llm.tokenize(part.encode(), add_bos=add_bos, special=special)
 
-    shown = llm.detokenize(tokens(text[: 12 * TEXT_TOKENS])[:TEXT_TOKENS]).decode(errors="ignore")
+    shown = llm.detokenize(tokens(text[: 12 * n_tokens])[:n_tokens]).decode(errors="ignore")
     at = shown.find(". ", int(depth * len(shown))) + 1
     head, tail = tokens("", add_bos=True), tokens(f"\n\nQuestion: {question}\nAnswer:")
     if "smollm" in model.lower():  # its chat template
@@ -123,18 +133,21 @@ def main() -> int:
     parser.add_argument("--question", default=QUESTION, help="what is asked at its end")
     parser.add_argument("--depth", type=float, default=0.4, help="where the fact stands, 0 (begin) to 1 (end); default 0.4")
     parser.add_argument("--pool", type=pool_size, default=2048, help="cells, part of n_ctx (0.25) or bytes (45MiB)")
+    parser.add_argument("--tokens", type=int, default=TEXT_TOKENS, help=f"of the text (default {TEXT_TOKENS})")
+    parser.add_argument("--equal-bytes", action="store_true", help="also upstream's caches of fewer bits, and pools of a third of F16's bytes")
     parser.add_argument("--max-tokens", type=int, default=120)
     arguments = parser.parse_args()
 
     model = str(resolve_model(arguments.model))
     text = arguments.text.read_text() if arguments.text else topics()
-    prompt = make_prompt(model, text, arguments.fact, arguments.question, arguments.depth)
+    prompt = make_prompt(model, text, arguments.tokens, arguments.fact, arguments.question, arguments.depth)
     n_text = prompt.end + len(prompt.after)
     print(f"{Path(model).name} reads a text of {n_text} tokens. At positions {prompt.begin} to {prompt.end - 1} it says:")
     print(f"  {arguments.fact}\nThen it is asked:\n  {arguments.question}")
     sides = {
         "upstream's full cache": {"kv_policy": "full"},
         f"asrkf, pool {arguments.pool}": {"kv_policy": "asrkf", "kv_pool": arguments.pool},
+        **(EQUAL_BYTES if arguments.equal_bytes else {}),
     }
     runs = {name: read_and_answer(name, model, prompt, arguments.max_tokens, **cache) for name, cache in sides.items()}
     for name, run in runs.items():
@@ -142,6 +155,7 @@ def main() -> int:
     figures = {
         "context, tokens": lambda run: run.stats.tokens,
         "pool, cells": lambda run: run.stats.pool_cells,
+        "their type": lambda run: run.stats.type_k if run.stats.type_k == run.stats.type_v else f"{run.stats.type_k}/{run.stats.type_v}",
         "the fact, before the question": lambda run: run.fact_before,
         "the fact, at the question": lambda run: run.fact_after,
         "device KV, MiB": lambda run: f"{run.stats.device_kv_bytes / MIB:.1f}",

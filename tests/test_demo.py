@@ -18,3 +18,14 @@ def test_the_demo_freezes_a_fact_recalls_it_and_answers_as_the_full_cache_does(s
     assert end < 5900 - 1024  # the window is half of the pool: the fact is far outside
     before, after = (int(re.search(rf"the fact, {when} the question +active +(\d+)% frozen", out)[1]) for when in ("before", "at"))
     assert before > 30 and after < before / 4
+
+
+def test_the_demo_shows_what_the_same_bytes_buy(small: str):
+    command = [sys.executable, str(DEMO), small, "--equal-bytes", "--tokens", "1000", "--pool", "512"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = {line.split("  ")[0]: re.split(r"  +", line)[1:] for line in out.splitlines() if re.match(r"(device|their)", line)}
+    kv, index = ([float(cell) for cell in rows[f"device {what}, MiB"]] for what in ("KV", "index"))
+    f16, _, q8_0, _, _, *pools = kv
+    assert rows["their type"] == ["f16", "f16", "q8_0", "q8_0/q4_0", "q4_0", "q8_0", "f16"] and q8_0 < 0.6 * f16
+    assert all(0.2 * f16 < pool + beside <= 0.34 * f16 for pool, beside in zip(pools, index[5:], strict=True))
+    assert len(re.findall(r"^\[.+\]$", out, re.M)) == 7

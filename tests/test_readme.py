@@ -26,7 +26,6 @@ PAGES = [README, ROOT / "patches/README.md", *DOCS]
 
 in_every_page = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 
-
 def made(what: str) -> str:
     return subprocess.run([sys.executable, str(ROOT / "scripts/bench"), what], capture_output=True, text=True, check=True).stdout.strip()
 
