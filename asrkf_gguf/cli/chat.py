@@ -43,16 +43,14 @@ class Chat:
         while True:
             try:
                 line = input("> ").strip()
-            except KeyboardInterrupt:
+                if line == "/quit":
+                    return 0
+                self._command(line) if line.startswith("/") else self.ask(line)
+            except KeyboardInterrupt:  # also one that comes just behind an answer
                 say(f"\n{LEAVE}")
-                continue
             except EOFError:
                 print()
                 return 0
-            if line == "/quit":
-                return 0
-            try:
-                self._command(line) if line.startswith("/") else self.ask(line)
             except (ValueError, KVError, OSError) as error:
                 say(" ".join(str(error).split()))
 
