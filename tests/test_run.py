@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -76,6 +77,7 @@ def test_control_c_ends_an_answer_and_not_the_program(smollm2):
         program.control("c")
         line = program.expect("]\n> ")
         assert "[interrupted; " in line
+        time.sleep(2)  # readline shows its prompt before it listens
         program.control("c")
         program.expect("/quit or Control-D leaves\n> ")
         assert "policy asrkf" in command(program, "/stats")
