@@ -1,5 +1,5 @@
 // The side file of `asrkf gates`: for each layer a small network that tells from a token's normalised hidden state alone how much
-// it will be attended to (Fast KVzip, arXiv 2601.17668). GGUF; docs/gates.md lists its tensors. Knows ggml only.
+// it will be attended to (Fast KVzip, arXiv 2601.17668). GGUF, as asrkf_gguf/gates/file.py writes it. Knows ggml only.
 #pragma once
 
 #include "common.h"
