@@ -54,7 +54,7 @@ def test_every_layer_of_a_small_model_is_cut_where_numpy_cuts_it(load, tmp_path,
     llm = load(str(path), n_ctx=512, type_k=kind, kv_policy=f"refreekv,tolerance={tolerance},rows={n_rows}", kv_pool=512)
     llm.eval(tokens)
     cuts = check_cuts(llm, attention_rows(path, tokens, n_rows, kind), tolerance, type_k)
-    assert max(cuts) > 0  # also where the tolerance is no more than what rounding may do
+    assert max(cuts) > 0 and (tolerance < 0.2 or min(cuts) > 0)
     stats = llm.kv_stats()
     assert [group.kept_ratio for group in stats.groups] == pytest.approx([1 - cut / 500 for cut in cuts])
     assert stats.kept_ratio == pytest.approx(1 - sum(cuts) / 4 / 500)
