@@ -1,6 +1,6 @@
 #include "scoring/attention_row.h"
 
-#include "scoring/device_scorer.h"
+#include "scoring/by_device.h"
 
 #include "ggml-alloc.h"
 
@@ -75,7 +75,7 @@ attention_rows::graph::graph(const row_layer & l, ggml_tensor * ring, ggml_tenso
 attention_rows::attention_rows(std::vector<row_layer> layers, uint32_t n_ring_rows, float soft_cap, bool no_alloc)
     : specs(std::move(layers)), soft_cap(soft_cap), states(specs.size()) {
     for (size_t i = 0; i < specs.size(); ++i) {
-        states[i].on = &part_of(specs[i].buft);
+        states[i].on = &part_of(parts, specs[i].buft);
         states[i].on->layers.push_back(i);
     }
     for (auto & p : parts) {
@@ -85,16 +85,6 @@ attention_rows::attention_rows(std::vector<row_layer> layers, uint32_t n_ring_ro
 }
 
 attention_rows::~attention_rows() = default;
-
-attention_rows::part & attention_rows::part_of(ggml_backend_buffer_type_t buft) {
-    const auto found = std::find_if(parts.begin(), parts.end(), [&](const auto & p) { return p->buft == buft; });
-    if (found != parts.end()) {
-        return **found;
-    }
-    parts.push_back(std::make_unique<part>());
-    parts.back()->buft = buft;
-    return *parts.back();
-}
 
 void attention_rows::allocate_ring(part & p, uint32_t n_ring_rows, bool no_alloc) {
     p.holder = new_context(p.layers.size());
@@ -184,14 +174,7 @@ void attention_rows::build(ggml_context * ctx, ggml_cgraph * gf, const branch & 
 
 void attention_rows::attach(const std::vector<ggml_backend_t> & backends) {
     for (auto & p : parts) {
-        for (ggml_backend_t backend : backends) {
-            if (!p->backend && ggml_backend_get_device(backend) == device_of(p->buft)) {
-                p->backend = backend;
-            }
-        }
-        if (!p->backend) {
-            throw error(ASRKF_UNSUPPORTED, format("no backend of this context computes on %s", ggml_backend_buft_name(p->buft)));
-        }
+        p->backend = backend_of(p->buft, backends);
     }
 }
 

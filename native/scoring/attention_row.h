@@ -77,7 +77,6 @@ private:
         float         kq_scale = 1; // known once a graph of the model has been built
     };
 
-    part & part_of(ggml_backend_buffer_type_t buft);
     void   allocate_ring(part & p, uint32_t n_ring_rows, bool no_alloc);
     void   reserve(part & p, bool no_alloc);
     void   multiply(size_t i, int32_t query, ggml_tensor * keys, const std::vector<key_place> & tokens, const std::vector<uint32_t> & which, std::vector<float> & out);

@@ -1,5 +1,7 @@
 #include "scoring/device_scorer.h"
 
+#include "scoring/by_device.h"
+
 #include <algorithm>
 
 namespace asrkf {
@@ -14,11 +16,6 @@ std::vector<scorer_kind> & all_kinds() { // not a global: kinds are added while 
 }
 
 } // namespace
-
-ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft) {
-    ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
-    return dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
-}
 
 uint32_t device_part::n_heads() const {
     uint32_t n = 0;

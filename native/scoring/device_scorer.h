@@ -31,9 +31,6 @@ struct device_part {
     uint32_t n_heads() const;
 };
 
-// The CPU where a buffer type names no device: host memory.
-ggml_backend_dev_t device_of(ggml_backend_buffer_type_t buft);
-
 std::vector<device_part> parts_of(const relevance & kept, const std::vector<scoring_shape> & largest, bool no_alloc);
 
 // Rows that are scored where so many are used, of n_rows: four sizes to an octave.

@@ -1,5 +1,7 @@
 #include "scoring/device_scorers.h"
 
+#include "scoring/by_device.h"
+
 #include "scoring/scoring_graph.h"
 
 #include <algorithm>
@@ -11,7 +13,7 @@ thread_local uint32_t fail_scoring_in = 0;
 
 device_scorers::device_scorers(const relevance & kept, const std::vector<scoring_shape> & largest, bool no_alloc) : n_rows(kept.rows()) {
     for (const device_part & part : parts_of(kept, largest, no_alloc)) {
-        all.push_back({ make(part), part.buft, part.device, part.n_heads() });
+        all.push_back({ make(part), part.buft, part.n_heads() });
         if (const std::string note = all.back().scorer->note(); !note.empty()) {
             to_say.push_back(note);
         }
@@ -65,11 +67,7 @@ std::string device_scorers::kinds() const {
 
 void device_scorers::attach(const std::vector<ggml_backend_t> & backends) {
     for (member & m : all) {
-        const auto found = std::find_if(backends.begin(), backends.end(), [&](ggml_backend_t b) { return ggml_backend_get_device(b) == m.device; });
-        if (found == backends.end()) {
-            throw error(ASRKF_UNSUPPORTED, format("no backend of this context computes on %s", ggml_backend_buft_name(m.buft)));
-        }
-        m.scorer->attach(*found);
+        m.scorer->attach(backend_of(m.buft, backends));
     }
     attached = true;
 }

@@ -36,7 +36,6 @@ private:
     struct member {
         std::unique_ptr<device_scorer> scorer;
         ggml_backend_buffer_type_t     buft;
-        ggml_backend_dev_t             device;
         uint32_t                       n_heads;
     };
     std::unique_ptr<device_scorer> make(const device_part & part);

@@ -1,6 +1,6 @@
 #include "scoring/gates.h"
 
-#include "scoring/device_scorer.h"
+#include "scoring/by_device.h"
 
 #include "ggml-alloc.h"
 
@@ -28,7 +28,7 @@ gates::gates(const gate_file & file, std::vector<gated_layer> layers, uint32_t n
     : specs(std::move(layers)), dim(file.dim), norm_eps(file.norm_eps), states(specs.size()) {
     for (size_t i = 0; i < specs.size(); ++i) {
         check(file, i);
-        states[i].on = &part_of(specs[i].buft);
+        states[i].on = &part_of(parts, specs[i].buft);
         states[i].first_head = states[i].on->n_heads;
         states[i].on->n_heads += size_t(specs[i].n_head_kv);
     }
@@ -73,16 +73,6 @@ gates::gates(const gate_file & file, std::vector<gated_layer> layers, uint32_t n
 }
 
 gates::~gates() = default;
-
-gates::part & gates::part_of(ggml_backend_buffer_type_t buft) {
-    const auto found = std::find_if(parts.begin(), parts.end(), [&](const auto & p) { return p->buft == buft; });
-    if (found != parts.end()) {
-        return **found;
-    }
-    parts.push_back(std::make_unique<part>());
-    parts.back()->buft = buft;
-    return *parts.back();
-}
 
 void gates::check(const gate_file & file, size_t i) const {
     const gated_layer & l = specs[i];
@@ -150,11 +140,7 @@ void gates::build(ggml_context * ctx, ggml_cgraph * gf, size_t i, ggml_tensor * 
 
 void gates::attach(const std::vector<ggml_backend_t> & backends) {
     for (auto & p : parts) {
-        const auto found = std::find_if(backends.begin(), backends.end(), [&](ggml_backend_t b) { return ggml_backend_get_device(b) == device_of(p->buft); });
-        if (found == backends.end()) {
-            throw error(ASRKF_UNSUPPORTED, format("no backend of this context computes on %s", ggml_backend_buft_name(p->buft)));
-        }
-        p->backend = *found;
+        p->backend = backend_of(p->buft, backends);
     }
 }
 

@@ -55,7 +55,6 @@ private:
         size_t       first_head; // in a token's row of the part
     };
 
-    part & part_of(ggml_backend_buffer_type_t buft);
     void   check(const gate_file & file, size_t i) const;
     void   check_operations(part & p);
     ggml_tensor * build_scores(ggml_context * ctx, const state & s, ggml_tensor * x) const;
