@@ -22,7 +22,7 @@ from asrkf_gguf.cli import main
 from asrkf_gguf.family import loaded_model
 from asrkf_gguf.gates import features as features_module
 from asrkf_gguf.gates import train as train_module
-from asrkf_gguf.gates.file import Gate, Gates, default_file, read_gates, write_gates
+from asrkf_gguf.gates.file import Gate, Gates, read_gates, write_gates
 from asrkf_gguf.gates.fit import cross_entropy, held_out, learning_rate
 from asrkf_gguf.gates.graph import LayerShape, layer_shapes, session
 from asrkf_gguf.gates.teacher import Instructions, Plan, answer_header, chunks_of, received, score_document
@@ -130,11 +130,13 @@ def test_the_file_is_what_the_engine_expects(tmp_path):
     }  # fmt: skip
 
 
-def test_gates_lie_in_the_cache_folder_or_where_the_environment_says(tmp_path, monkeypatch):
-    assert default_file("llama-1") == tmp_path / "gates" / "llama-1.asrkf-gates.gguf"
-    monkeypatch.delenv("ASRKF_GATES")
-    monkeypatch.setenv("ASRKF_CACHE", str(tmp_path / "cache"))
-    assert default_file("llama-1") == tmp_path / "cache" / "gates" / "llama-1.asrkf-gates.gguf"
+def test_gates_lie_in_the_cache_folder_or_where_the_environment_says(tiny, tmp_path, monkeypatch):
+    with loaded_model(Path(tiny)) as model:
+        name = f"{_native.fingerprint(model)}.asrkf-gates.gguf"
+        assert _native.gates_file(model) == tmp_path / "gates" / name
+        monkeypatch.delenv("ASRKF_GATES")
+        monkeypatch.setenv("ASRKF_CACHE", str(tmp_path / "cache"))
+        assert _native.gates_file(model) == tmp_path / "cache" / "gates" / name
 
 
 def test_an_interrupted_write_leaves_the_file_of_before_and_nothing_else(tmp_path, monkeypatch):
@@ -191,7 +193,7 @@ def test_published_gates_become_the_models(torch, tmp_path, capsys, n_heads, gro
     torch.save(content, tmp_path / "q.pt")
     assert main(["gates", "convert", str(tmp_path / "q.pt"), str(tmp_path / "model.gguf")]) == 0
     with loaded_model(tmp_path / "model.gguf") as model:
-        path = default_file(_native.fingerprint(model))
+        path = _native.gates_file(model)
     assert f"{path} written" in capsys.readouterr().out
     found = read_gates(path)
     assert list(found.layers) == [0, 1] and found.source == "converted from q.pt"
@@ -469,7 +471,7 @@ def test_the_command_trains_writes_one_file_and_leaves_nothing_else(torch, small
     assert "on the tokens that were held out" in shown and "gates of 8 layers (0 to 7)" in shown and "seed 0, 2000 tokens" in shown
     (file,) = (tmp_path / "gates").iterdir()
     with loaded_model(Path(small)) as model:
-        assert file == default_file(_native.fingerprint(model))
+        assert file == _native.gates_file(model)
     assert len(read_gates(file).layers) == 8
 
 

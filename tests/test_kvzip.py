@@ -16,7 +16,6 @@ from test_windowed import write_gemma3
 
 from asrkf_gguf import KVError, _native
 from asrkf_gguf._compat import quiet
-from asrkf_gguf.family import loaded_model
 from asrkf_gguf.gates.file import Gates, write_gates
 
 SINKS, WINDOW = 4, 128
@@ -219,17 +218,6 @@ def test_a_model_without_gates_is_refused_with_the_command_that_makes_them(load,
     gates, _ = gates_of(tiny, tmp_path)
     write_gates(tmp_path / f"{gates.model}.asrkf-gates.gguf", gates)  # there it is looked for
     assert load(tiny, kv_policy="kvzip", kv_pool=512).kv_stats().device_index_bytes > 0
-
-
-def test_the_engine_and_python_look_for_gates_in_the_same_place(tiny, monkeypatch, tmp_path):
-    from asrkf_gguf.gates.file import default_file
-
-    for folder in (None, str(tmp_path)):
-        monkeypatch.delenv("ASRKF_GATES", raising=False)
-        if folder:
-            monkeypatch.setenv("ASRKF_GATES", folder)
-        with loaded_model(tiny) as model:
-            assert _native.gates_file(model) == default_file(_native.fingerprint(model))
 
 
 def changed(path: str, target: Path, change) -> str:

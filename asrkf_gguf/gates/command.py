@@ -11,10 +11,12 @@ from typing import Optional
 
 from tabulate import tabulate
 
+from .. import _native
 from ..calibration import standard_text
+from ..family import loaded_model
 from ..models import MODEL_FORMS, resolve_model
 from .convert import convert
-from .file import Gates, default_file, read_gates, write_gates
+from .file import Gates, read_gates, write_gates
 from .train import TOKENS, train
 
 
@@ -62,16 +64,18 @@ def main_info(arguments: argparse.Namespace) -> int:
 
 
 def main_convert(arguments: argparse.Namespace) -> int:
-    keep(convert(arguments.file, resolve_model(arguments.model)), arguments.out)
+    path = resolve_model(arguments.model)
+    keep(convert(arguments.file, path), path, arguments.out)
     return 0
 
 
 def main_train(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
+    path = resolve_model(arguments.model)
     texts = [standard_text(), *(Path(file).read_text(encoding="utf-8", errors="replace") for file in arguments.text)]
     try:
         gates, figures, features = train(
-            resolve_model(arguments.model), texts, arguments.tokens, arguments.work_folder, arguments.threads, arguments.n_gpu_layers,
+            path, texts, arguments.tokens, arguments.work_folder, arguments.threads, arguments.n_gpu_layers,
             arguments.seed, say=lambda line: print(line, flush=True),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -86,14 +90,20 @@ def main_train(arguments: argparse.Namespace) -> int:
     ]  # fmt: skip
     print("on the tokens that were held out:")
     print(tabulate(rows, headers="keys", floatfmt=".3f"))
-    keep(gates, arguments.out)
+    keep(gates, path, arguments.out)
     features.delete()
     print(f"in {time.perf_counter() - began:.0f} s")
     return 0
 
 
-def keep(gates: Gates, out: Optional[Path]) -> None:
-    path = out or default_file(gates.model)
+def default_file(model_path: Path) -> Path:
+    """Where the engine looks for the gates of a model; it need not exist."""
+    with loaded_model(model_path, n_gpu_layers=0) as model:
+        return _native.gates_file(model)
+
+
+def keep(gates: Gates, model_path: Path, out: Optional[Path]) -> None:
+    path = out or default_file(model_path)
     write_gates(path, gates)
     found = "" if out else "; kv_policy=kvzip finds it there"
     print(f"{path} written, {path.stat().st_size / 1e6:.1f} MB: {summary(gates)}{found}")

@@ -5,7 +5,6 @@ A GGUF of the architecture "asrkf-gates". Its keys are asrkf.gates.*; each layer
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import gguf
 import numpy as np
 
 from ..files import written_whole
-from ..models import cache_folder
 
 ARCHITECTURE, VERSION = "asrkf-gates", 1
 DIM, SINKS, NORM_EPS = 16, 16, 1e-6  # of the published gates
@@ -122,16 +120,6 @@ def _names(il: int) -> dict[str, str]:
         "gate_k_norm.weight": "k_norm", "gate_sinks": "sinks", "gate_bias": "bias",
     }  # fmt: skip
     return {f"blk.{il}.{name}": attribute for name, attribute in names.items()}
-
-
-def gates_folder() -> Path:
-    """ASRKF_GATES, or "gates" in the cache folder."""
-    return Path(os.environ.get("ASRKF_GATES") or cache_folder() / "gates")
-
-
-def default_file(fingerprint: str) -> Path:
-    """Where the engine looks for the gates of a model; it need not exist."""
-    return gates_folder() / f"{fingerprint}.asrkf-gates.gguf"
 
 
 def write_gates(path: Path, gates: Gates) -> None:

@@ -19,7 +19,7 @@ from .. import _native
 from ..family import loaded_model
 from ..files import written_whole
 from .features import Features, cut_documents
-from .file import Gate, Gates, gates_folder
+from .file import Gate, Gates
 from .fit import Figures, fit_gate, judge
 from .graph import layer_shapes
 from .pytorch import import_torch
@@ -65,7 +65,7 @@ def prepare(
     plan = Plan.of(llama_cpp.llama_model_n_ctx_train(model), instructions.most_tokens, chunk_tokens)
     documents = cut_documents(model, texts, n_tokens, plan)
     fingerprint = _native.fingerprint(model)
-    folder = (work_folder or gates_folder()) / f"{fingerprint}.work"
+    folder = (work_folder or _native.gates_file(model).parent) / f"{fingerprint}.work"
     features = Features(folder, layer_shapes(model, threads), documents, plan, f"{fingerprint}, {path.stat().st_size} bytes")
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
