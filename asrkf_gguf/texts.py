@@ -1,4 +1,4 @@
-"""Texts for the bench: a novel, an essay, a technical reference, or the user's own files; and needles to hide in them.
+"""Texts for the bench: a novel, an essay, a technical reference, or the user's own files.
 
 The default texts travel in Debian packages: they are fetched with apt-get, unpacked without an installation, and kept as
 plain text in the cache folder. None is part of this repository.
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from .models import cache_folder
@@ -149,78 +148,3 @@ def _read_jargon(folder: Path) -> str:
     lexicon = re.sub(r"\{([^{}\n]+)\}", r"\1", lexicon.split("\nAppendix\xa0A.")[0])
     paragraphs = re.split(r"\n\s*\n", lexicon.replace("\n   ", "\n").removeprefix("   "))
     return "\n\n".join(part if re.search(r"^ ", part, re.M) else " ".join(part.split()) for part in paragraphs if part.strip("─═ \n"))
-
-
-# needles
-
-NEEDLE_TASKS = ("passkey-filler", "passkey-text", "five-facts", "early-fact")
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-PASSKEY_PREFACE = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it.\n\n"
-_ATTRIBUTES = ("code word", "family name", "favourite drink", "lucky colour", "ship")
-_OWNERS = (
-    "Orlen Tavish", "Brask Holloway", "Prisca Dunmore", "Kessel Varga", "Moroth Quill", "Halvern Stroud", "Ysolde Penrick", "Corvin Ashby",
-)  # fmt: skip
-_VALUES = (
-    "copper", "violet", "lantern", "marble", "saffron", "thistle", "walnut", "cobalt", "juniper", "falcon",
-    "amber", "pepper", "harbour", "ginger", "velvet",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Needle:
-    """Sentences to hide, each at a depth (0 start, 1 end), and what is asked afterwards: (question, its completion form, answer)."""
-
-    sentences: tuple[tuple[float, str], ...]
-    questions: tuple[tuple[str, str, str], ...]
-
-    def hide(self, haystack: str) -> str:
-        """The haystack with each sentence after the sentence end that follows its depth."""
-        for depth, sentence in sorted(self.sentences, reverse=True):
-            at = haystack.find(". ", int(depth * len(haystack))) + 2
-            at = at if at >= 2 else len(haystack)
-            haystack = f"{haystack[:at].rstrip(' ')} {sentence} {haystack[at:]}"
-        return haystack
-
-
-def make_needles(task: str, n_questions: int, seed: int = 0) -> list[Needle]:
-    """Needles with n_questions questions in all (five-facts: rounded up to whole fives), depths spread over 10..90 %.
-
-    early-fact keeps to the first 10 %. Five-facts has ten decoys a prompt: the same owner or attribute in another pair.
-    """
-    dice = random.Random(f"{task} {seed}")
-    if task == "five-facts":
-        return [_five_facts(dice) for _ in range(-(-n_questions // 5))]
-    spread = [i / max(1, n_questions - 1) for i in range(n_questions)]
-    if task == "early-fact":
-        return [_one_fact(dice, 0.02 + 0.07 * part) for part in spread]
-    return [_passkey(dice, 0.1 + 0.8 * part) for part in spread]
-
-
-def is_found(answer: str, output: str) -> bool:
-    """Whether the answer is in the output as a whole word or number; 12,345 is 12345."""
-    plain = re.sub(r"(?<=\d),(?=\d{3})", "", output)
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", plain, re.IGNORECASE) is not None
-
-
-def _passkey(dice: random.Random, depth: float) -> Needle:
-    key = str(dice.randrange(10_000, 100_000))
-    return Needle(((depth, f"The pass key is {key}. Remember it. {key} is the pass key."),), (("What is the pass key?", "The pass key is", key),))
-
-
-def _fact(attribute: str, owner: str, value: str) -> tuple[str, tuple[str, str, str]]:
-    stem = f"The {attribute} of {owner} is"
-    return f"{stem} {value}.", (f"What is the {attribute} of {owner}?", stem, value)
-
-
-def _one_fact(dice: random.Random, depth: float) -> Needle:
-    sentence, question = _fact(dice.choice(_ATTRIBUTES), dice.choice(_OWNERS), dice.choice(_VALUES))
-    return Needle(((depth, sentence),), (question,))
-
-
-def _five_facts(dice: random.Random) -> Needle:
-    pairs = [(attribute, owner) for attribute in _ATTRIBUTES for owner in _OWNERS]
-    values = dice.sample(_VALUES, 15)
-    facts = [_fact(*pair, value) for pair, value in zip(dice.sample(pairs, 15), values, strict=True)]
-    depths = [0.1 + 0.2 * i for i in range(5)] + [dice.uniform(0.05, 0.95) for _ in range(10)]
-    sentences = tuple((depth, sentence) for depth, (sentence, _) in zip(depths, facts, strict=True))
-    return Needle(sentences, tuple(question for _, question in facts[:5]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import re
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import python
 
-from asrkf_gguf import bench, divergence, texts
+from asrkf_gguf import bench, divergence, tasks, texts
 from asrkf_gguf.bench import looks, measure, needles, quality, records, sides, speed, tables
 from asrkf_gguf.bench.sides import Side
 
@@ -429,29 +430,54 @@ def test_paragraphs_of_a_page_come_without_navigation():
     assert texts._Paragraphs(page).found == ["Head", "One two"]
 
 
-@pytest.mark.parametrize("task", texts.NEEDLE_TASKS)
-def test_every_answer_is_hidden_once_it_is_asked_for_and_not_in_its_question(task):
-    made = texts.make_needles(task, 10)
-    assert made == texts.make_needles(task, 10)
-    assert sum(len(needle.questions) for needle in made) == 10
+WORDS = " ".join(f"{a}{b}{c}st" for a in "bcdfghlmprst" for b in "aeiou" for c in "lmnr") * 3
+
+
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name != "common-words"])
+def test_every_answer_is_hidden_once_it_is_asked_for_and_not_in_its_question(name):
+    made = tasks.make_needles(name, 20)
+    assert made == tasks.make_needles(name, 20) != tasks.make_needles(name, 20, seed=1)
+    assert sum(len(needle.questions) for needle in made) == 20
     for needle in made:
         text = needle.hide("The grass is green. " * 200)
         for _, sentence in needle.sentences:
             assert sentence in text
-        for question, stem, answer in needle.questions:
-            assert f"{stem} {answer}" in text and not texts.is_found(answer, f"{question} {stem}")
+        for question, stem, answers in needle.questions:
+            assert tasks.found_ratio(answers, text) == 1 and tasks.found_ratio(answers, f"{question} {stem}") == 0
+            assert len(answers) > 1 or f"{stem} {answers[0]}" in text
     depths = [needle.sentences[0][0] for needle in made]
-    assert max(depths) <= (0.1 if task == "early-fact" else 0.9)
+    assert max(depths) <= (0.1 if name == "early-fact" else 0.9)
 
 
-def test_five_facts_have_ten_decoys_with_values_of_their_own():
-    for needle in texts.make_needles("five-facts", 10):
+@pytest.mark.parametrize("name", ["five-facts", "many-turns"])
+def test_five_facts_have_ten_decoys_with_values_of_their_own(name):
+    for needle in tasks.make_needles(name, 10):
         assert len({sentence for _, sentence in needle.sentences}) == 15
         assert len({stem for _, stem, _ in needle.questions}) == 5
 
 
+def test_a_chain_of_variables_ends_at_one_number():
+    for needle in tasks.make_needles("variable-tracking", 5):
+        lines = [sentence.rstrip(".").split(" = ") for _, sentence in needle.sentences]
+        (question,) = needle.questions
+        assert [name for name, _ in lines] == [f"VAR {name}" for name in question.answers]
+        assert lines[0][1] in question.stem and [value for _, value in lines[1:]] == [name for name, _ in lines[:-1]]
+        assert [depth for depth, _ in needle.sentences] == sorted(depth for depth, _ in needle.sentences)
+
+
+def test_common_words_come_ten_times_as_often_as_the_others():
+    (needle,) = tasks.make_needles("common-words", 1, WORDS)
+    listed = Counter(re.findall(r"\d+\. (\w+)", needle.hide("x" * 9000)))
+    (question,) = needle.questions
+    most = {word for word, _ in listed.most_common(10)}
+    assert most == set(question.answers) and min(listed[word] for word in most) >= 10 * max(n for word, n in listed.items() if word not in most)
+    assert needle.hide("x" * 9000) == needle.hide("y" * 9000) and len(needle.hide("x" * 9000)) == pytest.approx(9000, rel=0.1)
+    with pytest.raises(ValueError, match="a longer one"):
+        tasks.make_needles("common-words", 1, "few words")
+
+
 def test_a_needle_is_hidden_at_its_depth_behind_a_sentence():
-    needle = texts.Needle(((0.5, "The key is 1."),), ())
+    needle = tasks.Needle(((0.5, "The key is 1."),), ())
     text = needle.hide("Aa bb cc. " * 100)
     assert text.index("The key") == pytest.approx(500, abs=15) and "cc. The key is 1. Aa" in text
 
@@ -462,7 +488,35 @@ def test_a_needle_is_hidden_at_its_depth_behind_a_sentence():
     ("amber", " Amber, of course", True), ("amber", "chamber", False), ("amber", "", False),
 ])  # fmt: skip
 def test_an_answer_counts_as_a_whole_word_only(answer, output, found):
-    assert texts.is_found(answer, output) is found
+    assert tasks.is_found(answer, output) is found
+
+
+def test_of_several_answers_the_part_counts_that_was_found():
+    assert tasks.found_ratio(("11", "22", "33", "44"), "They are 22, 44 and 111.") == 0.5
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_prompts_of_every_task_fill_the_length_and_no_more(smollm2, load, text, name):
+    llm = load(smollm2, n_ctx=2048)
+    source = tasks.FILLER * 300 if tasks.TASKS[name].in_filler else text
+    needle = tasks.make_needles(name, 1, text)[0]
+    asked = needles.needle_prompts(llm, name, needle, source, 1536, 128)
+    assert len(asked) == len(needle.questions)
+    assert 1536 - 32 <= max(one.n_tokens() for one in asked) <= 1536
+    for one, question in zip(asked, needle.questions, strict=True):
+        written = llm.detokenize(one.prompt + one.generated + one.question, special=True).decode()
+        assert all(sentence in written for _, sentence in needle.sentences)
+        assert written.endswith(question.stem) or (tasks.TASKS[name].form == "chat" and question.text in written)
+        assert len(one.generated) == (128 if name == "early-fact" else 0)
+
+
+def test_many_turns_are_a_conversation_in_the_models_template(smollm2, load, text):
+    llm = load(smollm2, n_ctx=2048)
+    (needle,) = tasks.make_needles("many-turns", 5)
+    first = needles.needle_prompts(llm, "many-turns", needle, text, 1536, 0)[0]
+    written = llm.detokenize(first.prompt, special=True).decode()
+    assert written.count("<|im_start|>user") == 17 and written.count("<|im_start|>assistant") == 17
+    assert written.endswith(f"<|im_start|>assistant\n {needle.questions[0].stem}")
 
 
 # the order: what this project stands for, on every machine, in a few minutes

@@ -1,4 +1,4 @@
-"""The bench's command line: quality, cuts, needles and plot for everyone; speed, prefill and README's tables in a checkout."""
+"""The bench's command line: quality, cuts, needles, judge and plot for everyone; speed, prefill and README's tables in a checkout."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 from pathlib import Path
 
 from ..models import MODEL_FORMS, resolve_model
-from ..texts import NEEDLE_TASKS
+from ..tasks import TASKS
+from .judge import JUDGED_TASKS, judge
+from .judge_tables import table_of_judge
 from .looks import looks
-from .needles import needles
+from .needles import OWN_TASKS, needles
 from .plots import plot
 from .quality import cuts, quality
 from .sides import default_sides
@@ -17,7 +19,7 @@ from .tables import table, table_of_equal_bytes, table_of_looks, tables_of_quali
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
-    """quality, cuts, needles and plot; in a checkout also what needs the unpatched build or makes README's tables."""
+    """quality, cuts, needles, judge and plot; in a checkout also what needs the unpatched build or makes README's tables."""
     commands = parser.add_subparsers(dest="what", required=True)
 
     def add(name: str, text: str, function: object) -> argparse.ArgumentParser:
@@ -28,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
     _add_quality(add("quality", "perplexity and KL against the full cache", quality))
     _add_quality(add("cuts", "the same of refreekv, with what its cuts kept: name sides such as 1%%=refreekv,pool=1.0,tolerance=0.01", cuts))
     _add_needles(add("needles", "facts found in long prompts", needles))
+    _add_judge(add("judge", "all policies and upstream's caches at equal device bytes, in texts and tasks: one table", judge))
     _add_plot(add("plot", "a picture of rows, or of a run", plot))
     if in_checkout:
         _add_speed(add("speed", "decoding at a depth: ours, upstream's full cache, and upstream with n_ctx = pool", speed), depth=7680, rounds=9)
@@ -36,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
         add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
+        add("judge-table", "the tables of the judge's rows", table_of_judge)
         add("looks-table", "the same of looks", table_of_looks)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 
@@ -73,7 +77,22 @@ def _add_quality(command: argparse.ArgumentParser) -> None:
 def _add_needles(command: argparse.ArgumentParser) -> None:
     _add_sides(command)
     command.add_argument("--needles", type=int, default=10, help="questions a task (default 10)")
-    command.add_argument("--task", action="append", choices=NEEDLE_TASKS, help="repeatable (default: all)")
+    command.add_argument("--task", action="append", choices=list(TASKS), help=f"repeatable (default: {', '.join(OWN_TASKS)})")
+
+
+def _add_judge(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", action="append", dest="models", metavar="MODEL", help=f"repeatable; {MODEL_FORMS} (default smollm2)")
+    command.add_argument("--jobs", type=int, default=1, help="processes at once (default 1)")
+    command.add_argument("--threads", type=int, default=2, help="of each process")
+    command.add_argument("--length", type=int, action="append",
+                         help="tokens, repeatable; tasks, and all sides, at the first only (default 4096, 8192, 2048)")
+    command.add_argument("--positions", type=int, default=512, help="last tokens of a text, decoded as if generated (default 512)")
+    command.add_argument("--needles", type=int, default=30, help="questions a task (default 30)")
+    command.add_argument("--task", action="append", choices=JUDGED_TASKS, help="repeatable (default: all)")
+    command.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="as in quality")
+    command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where its rows go (default results/)")
+    command.add_argument("--again", action="store_true", help="measure anew what was measured")
 
 
 def _add_plot(command: argparse.ArgumentParser) -> None:
@@ -97,9 +116,11 @@ def _add_speed(command: argparse.ArgumentParser, depth: int, rounds: int) -> Non
 def main(arguments: argparse.Namespace) -> int:
     if hasattr(arguments, "model") and (arguments.what != "plot" or arguments.run):
         arguments.model = resolve_model(arguments.model)
-    for name in ("positions", "threads", "chunk", "passages", "needles", "depth", "rounds", "tokens"):
+    for name in ("positions", "threads", "chunk", "passages", "needles", "depth", "rounds", "tokens", "jobs"):
         if getattr(arguments, name, 1) < 1:
             raise ValueError(f"--{name} {getattr(arguments, name)}: at least 1")
     if arguments.what in ("quality", "cuts", "needles", "looks"):
         arguments.length = arguments.length or [4096]
+    if arguments.what == "judge":
+        arguments.length = arguments.length or [4096, 8192, 2048]
     return arguments.bench_function(arguments)

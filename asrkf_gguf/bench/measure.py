@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,8 @@ from ..divergence import kl_divergence, log_softmax
 from ..llama import Llama
 from .sides import read_counters
 
+RESAMPLES, BLOCK_POSITIONS = 2000, 16
+
 
 class Bar(Protocol):
     """A progress bar, such as tqdm's."""
@@ -25,6 +28,43 @@ class Bar(Protocol):
 def standard_error(values: np.ndarray) -> float:
     """Of the mean; positions are taken as independent."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+@functools.cache
+def _draws(n: int, seed: int) -> np.ndarray:
+    """[RESAMPLES, n or less]: positions of a moving-block bootstrap (Künsch 1989), since neighbours hang together; blocks go round the end."""
+    size = min(BLOCK_POSITIONS, n)
+    begins = np.random.default_rng([n, seed]).integers(0, n, (RESAMPLES, n // size, 1))
+    return (begins + np.arange(size)).reshape(RESAMPLES, -1) % n
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A figure, and the same of resamples. Figures of the same positions and seed are paired: their draws are the same."""
+
+    value: float
+    draws: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, seed: int = 0) -> Resampled:
+        """The mean over positions."""
+        return cls(float(values.mean()), values[_draws(len(values), seed)].mean(axis=1))
+
+    @classmethod
+    def mean(cls, parts: Sequence[Resampled]) -> Resampled:
+        return cls(sum(part.value for part in parts) / len(parts), np.mean([part.draws for part in parts], axis=0))
+
+    def exp(self) -> Resampled:
+        return Resampled(math.exp(self.value), np.exp(self.draws))
+
+    def over(self, other: Resampled) -> Resampled:
+        return Resampled(self.value / other.value, self.draws / other.draws)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the resamples lie in it."""
+        low, high = np.percentile(self.draws, (2.5, 97.5))
+        return float(low), float(high)
 
 
 def summarise(reference_nll: np.ndarray, nll: np.ndarray, kl: np.ndarray, agree: np.ndarray) -> dict[str, float]:

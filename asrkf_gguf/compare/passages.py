@@ -10,7 +10,7 @@ from ..bench.measure import cut_passages
 from ..bench.needles import ANSWER_TOKENS
 from ..bench.sides import CELLS
 from ..llama import Llama
-from ..texts import Needle, make_needles
+from ..tasks import Needle, make_needles
 
 TASK, QUESTIONS = "five-facts", 5
 GRAIN_TOKENS = 64  # depths are multiples of it
@@ -40,7 +40,7 @@ def cut(llm: Llama, name: str, text: str, n_ctx: int, positions: int, rounds: in
 
 
 def _questions(llm: Llama, needle: Needle) -> list[tuple[list[int], str]]:
-    return [(llm.tokenize(f"\n\n{question} {stem}".encode(), add_bos=False), answer) for question, stem, answer in needle.questions]
+    return [(llm.tokenize(f"\n\n{question} {stem}".encode(), add_bos=False), answer) for question, stem, (answer,) in needle.questions]
 
 
 def _depths(n_ctx: int, positions: int, question_tokens: int) -> tuple[int, ...]:

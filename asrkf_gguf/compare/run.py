@@ -12,11 +12,11 @@ from typing import Optional
 import numpy as np
 
 from ..bench.measure import Predictions, clear, decode, feed, last_logits, rows_of
-from ..bench.needles import ask
+from ..bench.needles import ANSWER_TOKENS, Asked, ask
 from ..bench.sides import Side, config_text, open_side
 from ..llama import Llama
 from ..stats import DeviceMemory, KVStats, read_device_memory
-from ..texts import is_found
+from ..tasks import is_found
 from .passages import Passage, cut
 from .progress import Pace, Progress, Stopped, probe
 from .sides import IN_HOST_RAM, QUANTISED, REFERENCE
@@ -157,7 +157,7 @@ class Run:
                 visit.depths.append(self._at_depth(llm, side, passage, at, depth, progress))
                 at = depth + self.arguments.positions
             for question, answer in passage.questions:
-                output = ask(llm, passage.tokens[:-1], [], question)
+                output = ask(llm, Asked(passage.tokens[:-1], [], question, (answer,), ANSWER_TOKENS))
                 visit.answers.append((answer, output, is_found(answer, output)))
                 progress.spent(progress.pace.of_questions(passage) / len(passage.questions))
 

@@ -1,0 +1,101 @@
+"""The judge's tables in markdown, of the rows of judge.csv and judge_tasks.csv; and its goals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from .records import results_file
+from .tables import Row, made_by, markdown, mebibytes, newest
+
+
+class Goal(NamedTuple):
+    """What the worst of the texts shall reach."""
+
+    side: str
+    length: int
+    figure: str
+    most: float
+    name: str
+
+
+OF_Q8_0 = "KL of the full Q8_0 cache's"
+WORST_OF_Q8_0 = "times the full Q8_0 cache's KL, worst text"
+GOALS = [
+    *(Goal("asrkf 1/3", length, "worst_of_q8_0", 1.2, OF_Q8_0) for length in (4096, 8192)),
+    *(Goal("asrkf 1/4", length, "worst_of_q8_0", 1.8, OF_Q8_0) for length in (4096, 8192)),
+    *(Goal("asrkf 1/8", length, "worst_kl", 0.020, "KL") for length in (4096, 8192)),
+    Goal("asrkf 1/3 f16", 4096, "worst_kl", 0.015, "KL"),
+    *(Goal(f"asrkf {share}", length, "ppl_ratio", 1.02, "perplexity ratio, all texts") for length in (4096, 8192) for share in ("1/3", "1/4", "1/8")),
+]
+
+
+def judge_tables(folder: Path) -> str:
+    """For each model: its texts, its tasks, and which goals are reached."""
+    rows = newest(folder / "judge.csv", "model", "length", "side")
+    tasks = newest(folder / "judge_tasks.csv", "model", "length", "side", "task")
+    parts = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        asked = [row for row in tasks if row["model"] == model]
+        parts += [f"**{model}**", "", *texts_table(of_model), ""]
+        if asked:
+            parts += [*tasks_table(asked), ""]
+        if goals := goals_table(of_model):
+            parts += [*goals, ""]
+    return "\n".join([*parts, *made_by([*rows, *tasks])])
+
+
+def texts_table(rows: list[Row]) -> list[str]:
+    """The most bytes first, length by length."""
+    head = ("tokens", "side", "device K, V, index", "KL, mean", "95th, 99th percentile", "worst text", WORST_OF_Q8_0, "perplexity ratio", "top-1")
+    cells = [
+        (
+            row["length"], row["side"], mebibytes(float(row["device_bytes"])), with_interval(row, "kl", 4),
+            f"{float(row['kl_p95']):.3f}, {float(row['kl_p99']):.3f}", f"{row['worst_text']} {float(row['worst_kl']):.4f}",
+            with_interval(row, "worst_of_q8_0", 2), with_interval(row, "ppl_ratio", 3), f"{float(row['top1_ratio']):.3f}",
+        )
+        for row in sorted(rows, key=lambda row: (int(row["length"]), -float(row["device_bytes"])))
+        if row["side"] != "full-f16"
+    ]  # fmt: skip
+    return markdown(head, cells)
+
+
+def with_interval(row: Row, figure: str, digits: int) -> str:
+    value, low, high = (float(row[figure + suffix]) for suffix in ("", "_low", "_high"))
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def tasks_table(rows: list[Row]) -> list[str]:
+    """A line for each side, a column for each task that the full cache solves; and what it does not."""
+    full = {row["task"]: row for row in rows if row["side"] == "full-f16"}
+    asked_of = {task: [row for row in rows if row["task"] == task] for task in full}
+    counting = [task for task, asked in asked_of.items() if len(asked) > 1]
+    lines = []
+    for side in dict.fromkeys(row["side"] for row in rows):
+        own = {row["task"]: row for row in rows if row["side"] == side}
+        first = next(iter(own.values()))
+        scores = (score(own[task]) if task in own else "" for task in counting)
+        lines.append((first["length"], side, mebibytes(float(first["device_bytes"])), *scores))
+    unsolved = ", ".join(f"{task} ({score(full[task])})" for task in full if task not in counting)
+    below = ["", f"Not solved by the full cache: {unsolved}."] if unsolved else []
+    return [*markdown(("tokens", "side", "device K, V, index", *counting), lines), *below]
+
+
+def score(row: Row) -> str:
+    return f"{row['found']} of {row['asked']}"
+
+
+def goals_table(rows: list[Row]) -> list[str]:
+    of_side = {(row["side"], int(row["length"])): row for row in rows}
+    cells = [
+        (str(goal.length), goal.side, goal.name, f"{goal.most:g}", f"{value:.4g}", "reached" if value <= goal.most else "missed")
+        for goal in GOALS
+        if (row := of_side.get((goal.side, goal.length))) and (value := float(row[goal.figure])) is not None
+    ]
+    return markdown(("tokens", "side", "of the worst text", "at most", "is", ""), cells) if cells else []
+
+
+def table_of_judge(_arguments: object) -> int:
+    print(judge_tables(results_file("").parent))
+    return 0
