@@ -21,7 +21,7 @@ from typing import Any, Optional
 import numpy as np
 from tqdm import tqdm
 
-from ..gates.command import default_file
+from ..gates.file import default_file
 from ..models import resolve_model
 from ..tasks import TASKS
 from ..texts import load_texts

@@ -11,12 +11,10 @@ from typing import Optional
 
 from tabulate import tabulate
 
-from .. import _native
 from ..calibration import standard_text
-from ..family import loaded_model
 from ..models import MODEL_FORMS, resolve_model
 from .convert import convert
-from .file import Gates, read_gates, write_gates
+from .file import Gates, default_file, read_gates, write_gates
 from .train import TOKENS, train
 
 
@@ -94,12 +92,6 @@ def main_train(arguments: argparse.Namespace) -> int:
     features.delete()
     print(f"in {time.perf_counter() - began:.0f} s")
     return 0
-
-
-def default_file(model_path: Path) -> Path:
-    """Where the engine looks for the gates of a model; it need not exist."""
-    with loaded_model(model_path, n_gpu_layers=0) as model:
-        return _native.gates_file(model)
 
 
 def keep(gates: Gates, model_path: Path, out: Optional[Path]) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from .. import _native
+from ..family import loaded_model
 from ..files import written_whole
 
 ARCHITECTURE, VERSION = "asrkf-gates", 1
@@ -192,3 +194,9 @@ def _read(reader: gguf.GGUFReader) -> Gates:
     if any(gate.sinks.shape[1:] != stated for gate in layers.values()):
         raise ValueError(f"its tensors are not of the {stated[0]} sinks and {stated[1]} numbers a head that it states")
     return gates
+
+
+def default_file(model_path: Path) -> Path:
+    """Where the engine looks for the gates of a model; it need not exist."""
+    with loaded_model(model_path, n_gpu_layers=0) as model:
+        return _native.gates_file(model)
