@@ -1,5 +1,5 @@
-// CUDA kernels for what the portable graphs compute elsewhere: relevance (called by scorer.cpp), moves of rows and the entropy of an
-// output (called by tests only, so far). They know pointers and a stream, no tensor and no model.
+// CUDA kernels for what is computed portably elsewhere: relevance (called by scorer.cpp), the entropy of an output (by outputs.cpp) and
+// moves of rows (by tests only, so far). They know pointers and a stream, no tensor and no model.
 //
 // Every function queues its work on the stream and returns at once: nullptr, or why nothing could be queued, text that lives as
 // long as the program. All pointers are the device's, or host memory that the device sees (pinned). A fault while a kernel runs

@@ -1,67 +1,16 @@
 #include "cuda/scorer.h"
 
 #include "cuda/kernels.h"
-
-#include "ggml-backend-impl.h"
+#include "cuda/runtime.h"
 
 #include <algorithm>
 #include <cstring>
-#include <type_traits>
 
 namespace asrkf::cuda {
 
 namespace {
 
 constexpr size_t ALIGNMENT = 256;
-
-bool succeeded(cudaError_t status) {
-    if (status != cudaSuccess) {
-        cudaGetLastError(); // it is told here: ggml, which aborts on what it finds, shall not find it
-    }
-    return status == cudaSuccess;
-}
-
-void check(cudaError_t status, const char * what) {
-    if (!succeeded(status)) {
-        throw error(ASRKF_INTERNAL, format("CUDA failed to %s: %s", what, cudaGetErrorString(status)));
-    }
-}
-
-void check(failure why, const char * what) {
-    if (why) {
-        throw error(ASRKF_INTERNAL, format("CUDA failed to %s: %s", what, why));
-    }
-}
-
-// The thread's current device, as long as this lives.
-class current_device {
-public:
-    explicit current_device(int wanted) : wanted(wanted) {
-        check(cudaGetDevice(&before), "name the current device");
-        if (before != wanted) {
-            check(cudaSetDevice(wanted), "choose a device");
-        }
-    }
-    ~current_device() {
-        if (before != wanted) {
-            succeeded(cudaSetDevice(before)); // ggml chooses its own before it does anything
-        }
-    }
-    current_device(const current_device &) = delete;
-    current_device & operator=(const current_device &) = delete;
-
-private:
-    const int wanted;
-    int       before = 0;
-};
-
-struct destroy {
-    void operator()(cudaStream_t stream) const { cudaStreamDestroy(stream); }
-    void operator()(cudaEvent_t event) const { cudaEventDestroy(event); }
-};
-template <typename Handle> using owned = std::unique_ptr<std::remove_pointer_t<Handle>, destroy>;
-
-cudaEvent_t inside(const ggml_backend_event_ptr & event) { return static_cast<cudaEvent_t>(event->context); }
 
 // Where things lie in the device's memory.
 struct room {
@@ -114,7 +63,6 @@ private:
     void make_queue();
     void allocate();
     void upload(const scoring_inputs & in);
-    void wait_for_backend();
     relevance_layer layer_of(size_t i) const;
     template <typename T> T * on_device(size_t offset) const {
         return reinterpret_cast<T *>(static_cast<uint8_t *>(ggml_backend_buffer_get_base(memory.get())) + offset);
@@ -221,7 +169,7 @@ void scorer::prepare(const scoring_shape & next) {
 void scorer::run(const scoring_inputs & in, float * out, float * out_missed) {
     const current_device chosen(number);
     upload(in); // needs nothing of the step
-    wait_for_backend();
+    wait_for(backend, written, stream.get());
     for (size_t i = 0; i < part.layers.size(); ++i) {
         check(add_relevance(layer_of(i), stream.get()), "score");
     }
@@ -251,14 +199,6 @@ void scorer::upload(const scoring_inputs & in) {
     append(in.frozen);
     check(cudaMemcpyAsync(on_device<uint8_t>(places.inputs), begin, size_t(end - begin), cudaMemcpyHostToDevice, stream.get()), "upload what scores need");
     check(cudaEventRecord(uploaded.get(), stream.get()), "mark an upload");
-}
-
-void scorer::wait_for_backend() {
-    if (!written) {
-        return ggml_backend_synchronize(backend);
-    }
-    ggml_backend_event_record(written.get(), backend);
-    check(cudaStreamWaitEvent(stream.get(), inside(written), 0), "wait for the backend");
 }
 
 relevance_layer scorer::layer_of(size_t i) const {
@@ -321,12 +261,6 @@ void scorer::wait() {
         check(cudaStreamSynchronize(stream.get()), "score");
         is_running = false;
     }
-}
-
-// ROCm and MUSA, which ggml builds from the same sources, go by other names.
-bool is_cuda(ggml_backend_dev_t device) {
-    const ggml_backend_reg_t reg = ggml_backend_dev_backend_reg(device);
-    return reg && std::strcmp(ggml_backend_reg_name(reg), "CUDA") == 0;
 }
 
 const bool added = add_scorer_kind({ is_cuda, make_scorer });

@@ -32,6 +32,8 @@ public:
     virtual size_t get_tokens(int32_t seq_id, uint32_t group, int32_t * out_pos, uint8_t * out_state, size_t capacity) const = 0;
     virtual std::vector<std::pair<int32_t, int32_t>> get_pinned(int32_t seq_id) const = 0; // [begin, end), ascending
     virtual void   get_rows(llama_context * ctx, int32_t seq_id, uint32_t group, int32_t pos, uint8_t * out, size_t size) = 0;
+    // Of an output row that a backend sampler took; false if none was read. Throws error(ASRKF_INTERNAL) if the device failed.
+    virtual bool   get_sampled_output(int32_t i, asrkf_output & out) = 0;
 
     virtual void     set_trace(asrkf_step * buffer, size_t capacity) = 0;
     virtual uint64_t get_trace_count() const = 0;

@@ -63,6 +63,7 @@ public:
         return seen.token_states(seq_id, index, out_pos, out_state, capacity);
     }
     ranges   get_pinned(int32_t seq_id) const override { return asked.pinned(seq_id); }
+    bool     get_sampled_output(int32_t i, asrkf_output & out) override { return placing.get_sampled_output(i, out); }
     void     get_rows(llama_context * ctx, int32_t seq_id, uint32_t index, int32_t pos, uint8_t * out, size_t size) override;
     void     set_trace(asrkf_step * buffer, size_t capacity) override { placing.trace = { buffer, capacity, 0 }; }
     uint64_t get_trace_count() const override { return placing.trace.count; }

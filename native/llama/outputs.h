@@ -1,7 +1,10 @@
-// The logits of the last llama_decode(), where the host has them.
+// What the output rows of the last llama_decode() say of the next token.
 #pragma once
 
+#include "scoring/output_reader.h"
+
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 struct llama_context;
@@ -10,22 +13,35 @@ class llm_graph_result;
 
 namespace asrkf {
 
-// A backend sampler leaves an output's logits on the device, in memory that the next step uses again; what then lies on the
-// host is an earlier step's. Fetched here, for what is decided after a call: the last such row of each sequence.
-class sampled_rows {
+// The last output row of each sequence that the host has no logits of: a backend sampler leaves them on the device, in memory that
+// the next step uses again (what then lies on the host is an earlier step's). Where the device reads rows more cheaply than the
+// host, also those that it has.
+class output_rows {
 public:
-    explicit sampled_rows(uint32_t n_seq_max) : rows(n_seq_max) {}
+    explicit output_rows(uint32_t n_seq_max) : rows(n_seq_max) {}
 
-    // After each step, queued as the logits are.
-    void fetch(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch);
-    // Once the step has finished: nullptr if none was fetched since the last clear().
-    const float * of(uint32_t seq) const { return rows[seq].fetched ? rows[seq].logits.data() : nullptr; }
-    void clear();
+    // After each step. is_read: all rows are, not only those that a sampler takes. Never throws: where a row could not be read the
+    // thread's last error says why.
+    void fetch(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_read);
+    // Since the last clear(): none: ask the host; plain: it has the row, too; lost: a sampler's that could not be read.
+    enum class row { none, plain, sampled, lost };
+    row at(uint32_t seq) const { return rows[seq]; }
+    // Of a plain or sampled one: waits for it. Throws error(ASRKF_INTERNAL) if the device failed.
+    asrkf_output of(uint32_t seq) { return reader->of(seq); }
+    void clear() { rows.assign(rows.size(), row::none); }
 
 private:
-    struct row { std::vector<float> logits; bool fetched = false; };
-    std::vector<row> rows; // by sequence
+    void choose_reader(ggml_backend_t backend);
+
+    std::vector<row>               rows; // by sequence
+    std::unique_ptr<output_reader> reader;
+    ggml_backend_dev_t             device = nullptr; // the reader's
 };
+
+// Copies rows to the host.
+std::unique_ptr<output_reader> make_host_reader(uint32_t n_slots);
+// Makes the n-th of its reads from now on in this thread fail, for tests; 0: none.
+extern thread_local uint32_t fail_output_in;
 
 // Does a backend sampler take any of the step's outputs?
 bool goes_to_sampler(const llm_graph_result & res);

@@ -6,6 +6,7 @@
 #include "llama-context.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <utility>
 
@@ -113,11 +114,12 @@ void steps::note_outputs(const llama_batch & batch, int32_t n_outputs) {
         s.call_begin = -1;
         s.output     = 0;
     }
+    row_of.assign(size_t(batch.n_tokens), 0);
     for (int32_t i = 0; i < batch.n_tokens; ++i) {
         sequence & s = tokens.sequences[size_t(batch.seq_id[i][0])];
         s.call_begin = s.call_begin < 0 ? batch.pos[i] : std::min(s.call_begin, batch.pos[i]);
         if (batch.logits[i]) {
-            s.output = -n_outputs--;
+            s.output = row_of[size_t(i)] = -n_outputs--;
         }
     }
 }
@@ -126,7 +128,7 @@ void steps::note_outputs(const llama_batch & batch, int32_t n_outputs) {
 void steps::read_entropy() {
     const bool pending = std::exchange(output_pending, false) && wants_entropy();
     if (!pending) {
-        return sampled.clear();
+        return outputs.clear();
     }
     stopwatch watch(counted.policy_seconds);
     moves.synchronize();
@@ -134,25 +136,52 @@ void steps::read_entropy() {
         if (s.output == 0 || s.n_tokens() == 0) {
             continue;
         }
-        const float * logits = sampled.of(s.id) ? sampled.of(s.id) : moves.context()->get_logits_ith(s.output);
-        if (!logits) {
+        const double entropy = entropy_of_last(s);
+        if (std::isnan(entropy)) {
             continue;
         }
         speaker = s.id;
-        switch (s.trigger.observe(entropy_of(logits, size_t(config.model.vocab.n_tokens())).entropy, tokens.records[s.records.back()].token)) {
+        switch (s.trigger.observe(entropy, tokens.records[s.records.back()].token)) {
             case RECOVERY_SOFT:   counted.recoveries_soft_total++;   s.why.ask_for(occasion::soft_reset);   break;
             case RECOVERY_WINDOW: counted.recoveries_window_total++; s.why.ask_for(occasion::window_reset); break;
             case RECOVERY_FULL:   counted.recoveries_full_total++;   s.why.ask_for(occasion::full_reset);   break;
             default:              break;
         }
     }
-    sampled.clear();
+    outputs.clear();
+}
+
+// NaN: nobody knows it.
+double steps::entropy_of_last(const sequence & s) {
+    using row = output_rows::row;
+    const row kept = outputs.at(s.id);
+    try {
+        if (kept == row::plain || kept == row::sampled) {
+            return outputs.of(s.id).entropy;
+        }
+    } catch (const std::exception & e) {
+        refuse(e);
+    }
+    if (kept == row::sampled || kept == row::lost) {
+        return NAN;
+    }
+    const float * logits = moves.context()->get_logits_ith(s.output);
+    return logits ? entropy_of(logits, size_t(config.model.vocab.n_tokens())).entropy : NAN;
+}
+
+bool steps::get_sampled_output(int32_t i, asrkf_output & out) {
+    const int32_t row = i < 0 ? i : size_t(i) < row_of.size() ? row_of[size_t(i)] : 0;
+    for (const sequence & s : tokens.sequences) {
+        if (row != 0 && s.output == row && outputs.at(s.id) == output_rows::row::sampled) {
+            out = outputs.of(s.id);
+            return true;
+        }
+    }
+    return false;
 }
 
 void steps::computed(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_last, bool output) {
-    if (wants_entropy()) {
-        sampled.fetch(ctx, res, ubatch);
-    }
+    outputs.fetch(ctx, res, ubatch, wants_entropy());
     tokens.rewalk_begin = -1;
     tokens.in_flight.clear();
     output_pending = output;

@@ -14,7 +14,7 @@ class steps {
 public:
     steps(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, prompt_cuts & cuts, counters & counted,
             const host_budget & budget)
-        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), cuts(cuts), counted(counted), budget(budget), sampled(config.n_seq_max) {}
+        : config(config), groups(groups), tokens(tokens), moves(moves), scored(scored), cuts(cuts), counted(counted), budget(budget), outputs(config.n_seq_max) {}
 
     // A batch in steps that fit the pools. rewalks: the last step is the end of the prompt once more. Throws error where it can
     // never fit; no token has changed then, but the last output's entropy has been read, and the sequences' shares may be
@@ -48,6 +48,8 @@ public:
     void set_fault(const std::string & text) { fault = text; } // why every decode must fail
     void set_prompt_follows(bool follows)    { prompt_follows = follows; }
     uint32_t last_speaker() const { return speaker; }
+    // As engine.h says.
+    bool   get_sampled_output(int32_t i, asrkf_output & out);
 
     step_trace trace;
 
@@ -60,6 +62,7 @@ private:
     bool has_levels() const { return config.recovery != RECOVERY_OFF && config.recovery != RECOVERY_SECOND_LOOK; }
     bool wants_entropy() const { return has_levels() || trace.buffer; }
     void read_entropy();
+    double entropy_of_last(const sequence & s);
     std::vector<part> parts_of(const llama_ubatch & ubatch) const;
     std::vector<demand> demands_of(const std::vector<part> & parts) const;
     void decide_and_move(const std::vector<demand> & wanted);
@@ -84,7 +87,8 @@ private:
     const host_budget & budget;
     bool                output_pending = false; // the last call had an output row
     bool                prompt_follows = false; // the caller says that the next call continues the prompt
-    sampled_rows        sampled;                // outputs of this call that a backend sampler took
+    output_rows          outputs;               // of this call
+    std::vector<int32_t> row_of;                // by token of the last call's batch: its output row, counted from the end (-1); 0: none
     uint32_t            speaker        = 0;     // the sequence whose entropy was read last
     std::string         fault;
 };

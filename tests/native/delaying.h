@@ -20,6 +20,7 @@ struct delaying_device {
 
     delaying_device() : cpu(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr)) {
         device.iface.get_name             = [](ggml_backend_dev_t) { return "delaying"; };
+        device.iface.get_buffer_type      = [](ggml_backend_dev_t dev) { return &of(dev).memory; };
         device.iface.get_host_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev).pinned; };
         device.iface.supports_op          = [](ggml_backend_dev_t, const ggml_tensor *) { return true; };
         device.iface.supports_buft        = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev).memory; };

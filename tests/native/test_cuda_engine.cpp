@@ -3,6 +3,7 @@
 #include "tiny.h"
 
 #include "cuda/kernels.h"
+#include "cuda/outputs.h"
 #include "cuda/scorer.h"
 #include "scoring/device_scorers.h"
 
@@ -14,6 +15,7 @@ namespace {
 
 bool wants_cuda = false;
 const bool added = asrkf::add_scorer_kind({ [](ggml_backend_dev_t) { return wants_cuda; }, asrkf::cuda::make_scorer });
+const bool reads = asrkf::add_output_reader_kind({ [](ggml_backend_dev_t) { return wants_cuda; }, asrkf::cuda::make_output_reader });
 const bool delays = shim::delays = true;
 
 struct free_context { void operator()(llama_context * ctx) const { llama_free(ctx); } };
@@ -129,6 +131,64 @@ TEST(first_decision, "from the same rows and the same index the first decision f
     const double agree = agreement(cuda, graph, 0);
     std::printf("first decision: %.4f\n", agree);
     CHECK(agree > 0.99);
+}
+
+TEST(outputs, "recovery and a caller have the entropies that the host finds, whoever draws the tokens") {
+    const auto entropies = [](bool cuda, bool sampled) {
+        const context ctx = make("asrkf,pool=512,layers=shared,recovery=soft", cuda, 2);
+        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+        CHECK(!sampled || llama_set_sampler(ctx.get(), 1, chain));
+        wants_cuda = cuda; // readers are made when the first output comes
+        std::vector<double> found;
+        for (int i = 0; i < 20; ++i) {
+            CHECK(extend(ctx, { 0, 1 }, 2) == 0);
+            asrkf_output out = { sizeof(asrkf_output), 0, 0, 0 };
+            CHECK(asrkf_output_entropy(ctx.get(), -1, &out) == ASRKF_OK);
+            found.insert(found.end(), { out.log_sum_exp, out.entropy, out.top_probability });
+            found.push_back(double(stats_of(ctx.get()).entropy));
+        }
+        CHECK(stats_of(ctx.get()).outputs_total == 38);
+        wants_cuda = false;
+        CHECK(llama_set_sampler(ctx.get(), 1, nullptr));
+        llama_sampler_free(chain);
+        return found;
+    };
+    const std::vector<double> expected = entropies(false, false);
+    const int64_t n_before = shim::n_alive;
+    for (const bool sampled : { false, true }) {
+        const uint64_t n_launches = shim::n_launches;
+        const std::vector<double> found = entropies(true, sampled);
+        CHECK(shim::n_launches >= n_launches + 40 && found.size() == expected.size());
+        for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(std::abs(found[i] - expected[i]) < 1e-5);
+        }
+    }
+    CHECK(shim::n_alive == n_before && shim::n_left == 0);
+}
+
+TEST(lost_outputs, "a read that fails costs that output's entropy where only the device has it, and nothing else") {
+    for (const bool sampled : { false, true }) {
+        const context ctx = make("asrkf,pool=512,layers=shared,recovery=soft", true);
+        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
+        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
+        CHECK(!sampled || llama_set_sampler(ctx.get(), 0, chain));
+        wants_cuda = true;
+        CHECK(extend(ctx, { 0 }, 2) == 0);
+        int n_faults = 0;
+        while (shim::fail_in == 0) { // each call of CUDA's in a step
+            shim::fail_in = ++n_faults;
+            CHECK(extend(ctx, { 0 }, 1) == 0);
+        }
+        shim::fail_in = 0;
+        CHECK(extend(ctx, { 0 }, 1) == 0 && extend(ctx, { 0 }, 1) == 0);
+        const uint64_t n_read = stats_of(ctx.get()).outputs_total, n_outputs = uint64_t(n_faults) + 2;
+        std::printf("%s: %llu of %llu outputs were read\n", sampled ? "sampled" : "plain", (unsigned long long) n_read, (unsigned long long) n_outputs);
+        CHECK(n_faults >= 5 && (sampled ? n_read >= 2 && n_read < n_outputs : n_read == n_outputs));
+        wants_cuda = false;
+        CHECK(llama_set_sampler(ctx.get(), 0, nullptr));
+        llama_sampler_free(chain);
+    }
 }
 
 TEST(again, "a seed repeats: the same tokens give the same decisions, to the last one") {

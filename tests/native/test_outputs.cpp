@@ -1,6 +1,8 @@
 // What an output row says of the next token: of contexts with a policy and without, and where a backend sampler takes it.
 #include "tiny.h"
 
+#include "llama/outputs.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -150,32 +152,73 @@ struct unsure_context {
 
 } // namespace
 
-TEST(backend_sampler, "recovery reads the same entropies where a backend sampler keeps the logits on the device; a caller is told") {
-    const auto entropies = [](bool on_device) {
-        const unsure_context own("asrkf,pool=256,recovery=soft", on_device);
-        llama_context * ctx = own.ctx;
-        std::vector<float> found;
-        llama_token token = 3;
-        for (int i = 0; i < 100; ++i) {
-            CHECK(decode(ctx, { token, token + 1 }) == 0);
-            if (i > 0) {
-                found.push_back(stats_of(ctx).entropy);
-            }
-            output_of(ctx, -1, on_device ? ASRKF_UNSUPPORTED : ASRKF_OK);
-            CHECK(!on_device || std::strstr(asrkf_last_error(), "backend sampler") != nullptr);
-            token = (token + 7) % 200;
+namespace {
+
+// Every second figure: what recovery saw, and what the caller was told of the same output.
+std::vector<float> entropies(const char * policy, bool on_device, int32_t row) {
+    const unsure_context own(policy, on_device);
+    std::vector<float> found;
+    llama_token token = 3;
+    for (int i = 0; i < 100; ++i) {
+        CHECK(decode(own.ctx, { token, token + 1 }) == 0);
+        if (i > 0) {
+            found.push_back(stats_of(own.ctx).entropy);
         }
-        CHECK(stats_of(ctx).outputs_total == 99);
-        return found;
-    };
-    const std::vector<float> expected = entropies(false), found = entropies(true);
-    CHECK(found.size() == expected.size());
-    size_t n_unsure = 0;
-    for (size_t i = 0; i < found.size(); ++i) {
-        CHECK(std::fabs(found[i] - expected[i]) < 1e-5f);
-        n_unsure += found[i] > 1e-3f;
+        const asrkf_output out = output_of(own.ctx, row);
+        CHECK(out.log_sum_exp > 0 && out.top_probability > 0 && out.top_probability <= 1);
+        found.push_back(float(out.entropy));
+        token = (token + 7) % 200;
     }
-    CHECK(n_unsure > found.size() / 2);
+    CHECK(stats_of(own.ctx).outputs_total == (std::strstr(policy, "recovery") ? 99 : 0));
+    return found;
+}
+
+} // namespace
+
+TEST(backend_sampler, "recovery and a caller read the same entropies where a backend sampler keeps the logits on the device") {
+    const char * policy = "asrkf,pool=256,recovery=soft";
+    const std::vector<float> expected = entropies(policy, false, -1);
+    for (const int32_t row : { -1, 1 }) {
+        const std::vector<float> found = entropies(policy, true, row);
+        CHECK(found.size() == expected.size());
+        size_t n_unsure = 0;
+        for (size_t i = 0; i < found.size(); ++i) {
+            CHECK(std::fabs(found[i] - expected[i]) < 1e-5f);
+            n_unsure += found[i] > 1e-3f;
+        }
+        CHECK(n_unsure > found.size() / 2);
+        for (size_t i = 1; i < found.size(); i += 2) {
+            CHECK(found[i] == found[i - 1]); // recovery sees an output when the next tokens come
+        }
+    }
+    CHECK(entropies("asrkf,pool=256", true, -1).back() == entropies(policy, true, -1).back()); // also without recovery
+}
+
+TEST(backend_sampler_refusals, "rows that were not outputs are refused as ever, and those of upstream's cache say what would serve") {
+    const unsure_context own("asrkf,pool=256", true), upstream("full", true);
+    for (llama_context * ctx : { own.ctx, upstream.ctx }) {
+        CHECK(decode(ctx, { 3, 4 }) == 0);
+        for (const int32_t row : { 0, 2, -2 }) {
+            output_of(ctx, row, ASRKF_INVALID_ARGUMENT);
+        }
+    }
+    output_of(own.ctx, 1);
+    output_of(upstream.ctx, 1, ASRKF_UNSUPPORTED);
+    CHECK(std::strstr(asrkf_last_error(), "set a kv_policy") != nullptr);
+}
+
+TEST(lost_row, "a row that could not be read is none: the step is good, and the next row comes") {
+    const unsure_context own("asrkf,pool=256,recovery=soft", true);
+    CHECK(decode(own.ctx, { 3, 4 }) == 0);
+    asrkf_clear_error();
+    asrkf::fail_output_in = 1;
+    CHECK(decode(own.ctx, { 5, 6 }) == 0);
+    CHECK(asrkf::fail_output_in == 0 && std::strstr(asrkf_last_error(), "a test asked for") != nullptr);
+    output_of(own.ctx, -1, ASRKF_UNSUPPORTED);
+    CHECK(decode(own.ctx, { 7, 8 }) == 0);
+    CHECK(stats_of(own.ctx).outputs_total == 1);
+    output_of(own.ctx, -1);
+    CHECK(decode(own.ctx, { 9 }) == 0 && stats_of(own.ctx).outputs_total == 2);
 }
 
 TEST(looks, "entropy may start a second look; with a backend sampler, which would draw twice, there is none") {

@@ -6,13 +6,17 @@
 #include "delaying.h"
 
 #include "cuda/kernels.h"
+#include "cuda/outputs.h"
 #include "cuda/scorer.h"
+#include "llama/outputs.h"
+#include "policy/entropy.h"
 #include "scoring/device_scorers.h"
 #include "scoring/scoring_graph.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <random>
 #include <utility>
 
 using namespace asrkf;
@@ -377,6 +381,49 @@ TEST(bytes, "what a scorer will have on the device is known without having it, a
     }
     wants_cuda = false;
     CHECK(n_bytes[1] >= 8192*(32 + 3)*sizeof(float) && n_bytes[1] < n_bytes[0] / 8);
+}
+
+namespace {
+
+struct reader_kind { const char * name; std::unique_ptr<output_reader> (*make)(ggml_backend_dev_t device, uint32_t n_slots); };
+const reader_kind HOST_READER = { "host", [](ggml_backend_dev_t, uint32_t n_slots) { return make_host_reader(n_slots); } };
+const reader_kind CUDA_READER = { "cuda", cuda::make_output_reader };
+
+} // namespace
+
+TEST(read_outputs, "an output row is read as the step left it, and the next step's logits come after that, with the device's events and without") {
+    for (const reader_kind & kind : { HOST_READER, CUDA_READER }) {
+        for (const bool has_events : { true, false }) {
+            const delays delayed;
+            delaying_device device;
+            device.has_events = has_events;
+            constexpr int64_t N = 3001, N_ROWS = 3, N_STEPS = 4;
+            const ggml_init_params params = { 4*ggml_tensor_overhead(), nullptr, true };
+            const ggml_context_ptr ctx(ggml_init(params));
+            ggml_tensor * logits = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, N, N_ROWS);
+            const ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), &device.memory));
+            std::mt19937 random(5);
+            std::normal_distribution<float> normal(0, 3);
+            std::vector<std::vector<float>> steps(N_STEPS, std::vector<float>(N*N_ROWS));
+            const std::unique_ptr<output_reader> reader = kind.make(device.backend.device, N_STEPS);
+            CHECK(reader->beats_host() == (std::string(kind.name) == "cuda"));
+            for (uint32_t step = 0; step < N_STEPS; ++step) {
+                std::generate(steps[step].begin(), steps[step].end(), [&] { return normal(random); });
+                ggml_backend_tensor_set_async(&device.backend, logits, steps[step].data(), 0, ggml_nbytes(logits));
+                reader->read(&device.backend, logits, step % N_ROWS, step);
+            }
+            for (const uint32_t step : { 2, 0, 3, 1 }) {
+                const asrkf_output found = reader->of(step), expected = entropy_of(steps[step].data() + step % N_ROWS*N, N);
+                CHECK(std::fabs(found.entropy - expected.entropy) < 1e-5 && std::fabs(found.log_sum_exp - expected.log_sum_exp) < 1e-5);
+                CHECK(std::fabs(found.top_probability - expected.top_probability) < 1e-6 && found.struct_size == sizeof(asrkf_output));
+            }
+            steps[0][7] = NAN;
+            ggml_backend_tensor_set_async(&device.backend, logits, steps[0].data(), 0, ggml_nbytes(logits));
+            reader->read(&device.backend, logits, 0, 0);
+            CHECK(std::isnan(reader->of(0).entropy));
+        }
+    }
+    CHECK(shim::n_alive == 0 && shim::n_left == 0);
 }
 
 TEST(two_devices, "two devices' scores come side by side, by different scorers") {
