@@ -15,7 +15,7 @@ from .plots import plot
 from .quality import cuts, quality
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, table_of_equal_bytes, table_of_looks, tables_of_quality, tables_of_readme
+from .tables import table, table_of_calibration, table_of_equal_bytes, table_of_looks, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -40,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         add("quality-table", "the same of quality and needles", tables_of_quality)
         add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
         add("judge-table", "the tables of the judge's rows", table_of_judge)
+        add("calibration-table", "of calibration.csv: the same pools with a calibration and without", table_of_calibration)
         add("looks-table", "the same of looks", table_of_looks)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 

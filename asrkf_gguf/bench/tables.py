@@ -147,6 +147,20 @@ def equal_bytes_table(path: Optional[Path] = None) -> str:
     return "\n".join([*markdown(head, cells), *made_by(row for loss in found for row in loss.rows)])
 
 
+def calibration_table() -> str:
+    """Pools of a part of F16's bytes with a calibration and without."""
+    head = ("side", "device KV + index", "KL, mean", "KL by text", "same likeliest next token")
+    found = [loss for loss in losses(results_file("calibration.csv")) if "%" in loss.side]
+    cells = [
+        (
+            loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}",
+            ", ".join(f"{row['text']} {float(row['kl_mean']):.4f}" for row in loss.rows), f"{100 * loss.mean('top1_ratio'):.1f} %",
+        )
+        for loss in sorted(found, key=lambda loss: (-loss.device_bytes, loss.mean("kl_mean")))
+    ]  # fmt: skip
+    return "\n".join([*markdown(head, cells), *made_by(row for loss in found for row in loss.rows)])
+
+
 # README
 
 DEPTHS = {"decode": 7680, "prefill": 8000}  # tokens, where the command does not say: the defaults of scripts/bench
@@ -227,6 +241,11 @@ def tables_of_quality(_arguments: argparse.Namespace) -> int:
 
 def table_of_equal_bytes(_arguments: argparse.Namespace) -> int:
     print(equal_bytes_table())
+    return 0
+
+
+def table_of_calibration(_arguments: argparse.Namespace) -> int:
+    print(calibration_table())
     return 0
 
 
