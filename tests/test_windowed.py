@@ -10,6 +10,9 @@ from make_models import write_tiny
 from test_architectures import FROZEN, N_TOKENS, logits_after, taken_out
 from test_architectures import tokens as oracle_tokens
 
+from asrkf_gguf.bench.measure import last_logits
+from asrkf_gguf.models import kv_bytes_per_token
+
 N_WINDOW = 64
 
 
@@ -44,7 +47,7 @@ def read(llm, prompt: list[int], after: int = 30) -> np.ndarray:
     rows = []
     for token in tokens(after, 2):
         llm.eval([token])
-        rows.append(np.array(llm._scores[-1]))
+        rows.append(np.array(last_logits(llm)))
     return np.array(rows)
 
 
@@ -96,6 +99,18 @@ def test_a_windowed_sequence_is_cut_back_and_saved_as_a_whole(load, gemma3):
     other.eval([7])
     assert other.kv_stats().tokens == 1501
     assert other.kv_rows(300, 1) == row
+
+
+@pytest.mark.parametrize(("percent", "types"), [(60, "given"), (33, "auto")])
+def test_a_part_of_the_f16_bytes_is_one_of_the_layers_that_see_everything(load, gemma3, percent, types):
+    options = {"n_ctx": 4096, "n_batch": 64, "n_ubatch": 64}
+    row_bytes = kv_bytes_per_token(Path(gemma3)) // 6  # of one layer
+    given = 4096 * row_bytes * percent // 100
+    stats = load(gemma3, kv_policy=f"asrkf,types={types}", kv_pool=f"{percent}%", **options).kv_stats()
+    served, windows = stats.groups
+    assert given - 256 * row_bytes < served.device_kv_bytes + stats.device_index_bytes <= given
+    assert windows.sliding_window == N_WINDOW and stats.device_kv_bytes == served.device_kv_bytes + windows.device_kv_bytes > given
+    assert f"and {windows.device_kv_bytes / (1 << 20):.1f} MiB of sliding windows" in stats.pool_choice and stats.pool_cells < 4096
 
 
 def test_a_windowed_model_has_second_looks(load, gemma3):

@@ -90,6 +90,7 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--positions", type=int, default=512, help="last tokens of a text, decoded as if generated (default 512)")
     command.add_argument("--needles", type=int, default=30, help="questions a task (default 30)")
     command.add_argument("--task", action="append", choices=JUDGED_TASKS, help="repeatable (default: all)")
+    command.add_argument("--only", choices=("texts", "tasks"), default="", help="leave the other half out")
     command.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="as in quality")
     command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where its rows go (default results/)")

@@ -64,6 +64,10 @@ class Part:
     def name(self) -> str:
         return f"{self.side.name} {self.length} {self.task or 'texts'}"
 
+    @property
+    def kind(self) -> str:
+        return "tasks" if self.task else "texts"
+
 
 def sides_of(model: Path, is_main_only: bool) -> list[Side]:
     """In the order of the table. Gates are trained for a model: without them there is no kvzip."""
@@ -167,7 +171,7 @@ def judge(arguments: argparse.Namespace) -> int:
         of_model = argparse.Namespace(**{**vars(arguments), "model": model})
         if not has_gates(model):
             print(f"{model.name} has no gates, so kvzip is not judged on it: asrkf gates train makes them", file=sys.stderr)
-        reference, others = parts_of(of_model, tasks)
+        reference, others = ([part for part in parts if arguments.only in ("", part.kind)] for parts in parts_of(of_model, tasks))
         with tqdm(total=len(reference) + len(others), unit="part", desc="judge", disable=None) as bar:
             run_parts(of_model, reference, bar)
             counting = counting_tasks(of_model, tasks)

@@ -136,6 +136,11 @@ struct rooms {
     }
 };
 
+uint64_t kv_bytes_of(const settings & config, const llama_memory_params & params, const group & g, uint32_t il) {
+    const auto & hparams = config.model.hparams;
+    return uint64_t(g.pool_cells)*(ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)));
+}
+
 class chooser {
 public:
     chooser(const settings & asked, const llama_memory_params & params)
@@ -172,6 +177,8 @@ private:
         }
         return uint32_t((sum + n - 1)/n);
     }
+    // A part of the full F16 cache is one of the layers that the policy serves: what sliding windows take comes on top.
+    uint64_t beside_pool(const llama_memory_params & types, uint32_t cells) const;
     uint64_t shortage(const llama_memory_params & types, uint32_t cells) const;
     uint32_t most_cells(const llama_memory_params & types) const;
     llama_memory_params typed(ggml_type type) const {
@@ -189,6 +196,19 @@ private:
     const rooms                 there;
     uint64_t                    f16_bytes = 0, given_bytes = 0;
 };
+
+uint64_t chooser::beside_pool(const llama_memory_params & types, uint32_t cells) const {
+    uint64_t n_bytes = 0;
+    if (asked.pool_f16_percent > 0) {
+        const settings sized(asked.model, asked.cparams, with_cells(cells));
+        for (const group & g : make_layout(sized, types).groups) {
+            for (const uint32_t il : g.layers) {
+                n_bytes += g.keeps_window ? kv_bytes_of(sized, types, g, il) : 0;
+            }
+        }
+    }
+    return n_bytes;
+}
 
 // Bytes that are missing, 0 if it fits.
 uint64_t chooser::shortage(const llama_memory_params & types, uint32_t cells) const {
@@ -210,7 +230,7 @@ uint64_t chooser::shortage(const llama_memory_params & types, uint32_t cells) co
         }
         most = std::max(most, missing(there.ram->weights_bytes + there.ram->margin_bytes + all + b.index_bytes + b.compute_bytes, there.ram->total_bytes));
     }
-    return there.all.empty() ? missing(cache, given_bytes) : most;
+    return there.all.empty() ? missing(cache, given_bytes + beside_pool(types, cells)) : most;
 }
 
 // The largest pool that fits, all of n_ctx at most; 0: none.
@@ -251,9 +271,13 @@ std::string chooser::reason(const llama_memory_params & types, uint32_t cells) c
     for (const auto & [dev, bytes] : bytes_at(types, asked.n_ctx)) {
         all += bytes.kv_bytes;
     }
-    std::string text = format("%s of K, V and index%s", human(cache).c_str(), where.c_str());
+    const uint64_t windows = beside_pool(types, cells);
+    std::string text = format("%s of K, V and index%s", human(cache - windows).c_str(), where.c_str());
     if (there.all.empty()) {
         text += format(" of %s given", human(given_bytes).c_str());
+    }
+    if (windows > 0) {
+        text += format(", and %s of sliding windows", human(windows).c_str());
     }
     if (cells < asked.n_ctx) {
         const uint64_t free = free_bytes(cpu_device());
@@ -313,13 +337,11 @@ pool_choice chooser::choose() const {
 } // namespace
 
 bytes_by_device bytes_of(const settings & config, const llama_memory_params & params) {
-    const auto & hparams = config.model.hparams;
     const layout made = make_layout(config, params);
     bytes_by_device needed;
     for (const group & g : made.groups) {
         for (const uint32_t il : g.layers) {
-            needed[device_of(config, il)].kv_bytes +=
-                uint64_t(g.pool_cells)*(ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)));
+            needed[device_of(config, il)].kv_bytes += kv_bytes_of(config, params, g, il);
         }
     }
     for (auto & [dev, bytes] : needed) {
