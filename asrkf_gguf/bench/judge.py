@@ -108,7 +108,7 @@ def measure_part(arguments: argparse.Namespace, part: Part) -> str:
 
 def asked_for(arguments: argparse.Namespace, length: int, file: str) -> argparse.Namespace:
     """What `quality` and `needles` would be given."""
-    out = (arguments.out or results_file("").parent) / file
+    out = (arguments.out or results_file("judge.csv").parent) / file
     return argparse.Namespace(**{**vars(arguments), "length": [length], "out": out, "passages": 1, "chunk": 1, "gives_up": True})
 
 
@@ -166,7 +166,7 @@ def summary(arguments: argparse.Namespace, side: Side, length: int) -> Optional[
 
 def judge(arguments: argparse.Namespace) -> int:
     tasks = arguments.task or list(JUDGED_TASKS)
-    folder = arguments.out or results_file("").parent
+    folder = arguments.out or results_file("judge.csv").parent
     for model in [resolve_model(name) for name in arguments.models or ["smollm2"]]:
         of_model = argparse.Namespace(**{**vars(arguments), "model": model})
         if not has_gates(model):

@@ -97,5 +97,5 @@ def goals_table(rows: list[Row]) -> list[str]:
 
 
 def table_of_judge(_arguments: object) -> int:
-    print(judge_tables(results_file("").parent))
+    print(judge_tables(results_file("judge.csv").parent))
     return 0
