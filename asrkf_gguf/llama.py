@@ -45,7 +45,7 @@ class Llama(LlamaBase):
 
     kv_policy: None (what LLAMA_KV_POLICY says, else upstream's cache), "full" (upstream's cache), a preset ("asrkf",
         "paper", "refreekv", "kvzip", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
-    kv_pool: "auto" (what fits the device; the default), cells of the pool (2048, rounded up to a multiple of 256), part of n_ctx
+    kv_pool: "auto" (what fits the device; the default), cells of the pool (2048; a mean over the layers, see docs/policy.md), part of n_ctx
         (0.25), bytes of K, V and index on the device ("512MiB", rounded down: a bound), or a part of a full F16 cache's ("33%").
     type_k, type_v: the cache's types. If neither is named, a pool of bytes has the best that it has room for: all tokens in F16,
         else all in Q8_0, else a pool in Q8_0.

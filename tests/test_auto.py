@@ -65,7 +65,7 @@ def test_the_environment_needs_no_pool(smollm2, policy):
     assert answer.returncode == 0, answer.stderr
     name, cells, kind = answer.stdout.split()
     assert name == ("window" if policy == "window" else "asrkf") and kind == "f16"  # the types are the context's
-    assert int(cells) == (256 if policy == "default" else 1024)
+    assert 256 <= int(cells) < 1024 // 3 if policy == "default" else int(cells) == 1024  # a third of the bytes, of which the index takes some
 
 
 def test_a_context_past_the_training_warns_also_without_verbose(load, smollm2, caplog):

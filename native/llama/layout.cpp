@@ -143,7 +143,7 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
         return { one };
     }
     const uint32_t least = least_pool(config);
-    return mode == "two" ? split_two(layers, mean_cells, least, config.n_ctx) : split_each(layers, mean_cells, least, config.n_ctx);
+    return mode == "two" ? split_two(layers, mean_cells, least, config.n_ctx) : split_each(layers, resolve_pool(config, config.n_ctx, has_mean_pool(config)), least, config.n_ctx);
 }
 
 //
@@ -194,6 +194,10 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
 }
 
 } // namespace
+
+bool has_mean_pool(const settings & config) {
+    return config.unified && std::strcmp(config.layers, "each") == 0 && !make_policy_params(config, 1).cuts;
+}
 
 uint32_t least_pool(const settings & config) {
     // what layer_groups::check_pools() takes, with a window of half a pool

@@ -13,6 +13,8 @@ struct layout {
     std::vector<uint32_t> scoring_layers; // one ranking serves all groups; empty where the policy asks for no scores
 };
 
+// Is the pool a mean over layers that have whole units of cells each? Then it need be no multiple of a unit.
+bool     has_mean_pool(const settings & config);
 // Cells that a pool must have at least.
 uint32_t least_pool(const settings & config);
 

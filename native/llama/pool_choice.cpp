@@ -141,11 +141,14 @@ uint64_t kv_bytes_of(const settings & config, const llama_memory_params & params
     return uint64_t(g.pool_cells)*(ggml_row_size(params.type_k, hparams.n_embd_k_gqa(il)) + ggml_row_size(params.type_v, hparams.n_embd_v_gqa(il)));
 }
 
+constexpr uint32_t MEAN_STEP_CELLS = 8; // of a mean over layers, which have whole units each
+
 class chooser {
 public:
     chooser(const settings & asked, const llama_memory_params & params)
-        : asked(asked), params(params), step_cells(asked.unified ? POOL_PAD_CELLS : POOL_PAD_CELLS*asked.n_seq_max),
-          least_cells((least_pool(asked) + step_cells - 1)/step_cells*step_cells), there(asked, bytes_at(params, asked.n_ctx)) {
+        : asked(asked), params(params), unit_cells(asked.unified ? POOL_PAD_CELLS : POOL_PAD_CELLS*asked.n_seq_max),
+          step_cells(has_mean_pool(asked) ? MEAN_STEP_CELLS : unit_cells),
+          least_cells((least_pool(asked) + unit_cells - 1)/unit_cells*unit_cells), there(asked, bytes_at(params, asked.n_ctx)) {
         const cached_layers cached = layers_with_cache(asked, params);
         for (const uint32_t il : cached.plain) {
             f16_bytes += uint64_t(asked.n_ctx)*(asked.model.hparams.n_embd_k_gqa(il) + asked.model.hparams.n_embd_v_gqa(il))*sizeof(ggml_fp16_t);
@@ -192,7 +195,7 @@ private:
 
     const settings &            asked;
     const llama_memory_params & params;
-    const uint32_t              step_cells, least_cells;
+    const uint32_t              unit_cells, step_cells, least_cells;
     const rooms                 there;
     uint64_t                    f16_bytes = 0, given_bytes = 0;
 };
@@ -239,12 +242,13 @@ uint32_t chooser::most_cells(const llama_memory_params & types) const {
         return asked.n_ctx;
     }
     uint32_t fits = 0, n_steps = asked.n_ctx/step_cells;
-    for (uint32_t jump = 1u << 20; jump > 0; jump /= 2) {
-        if (fits + jump < n_steps && (fits + jump)*step_cells >= least_cells && shortage(types, (fits + jump)*step_cells) == 0) {
+    for (uint32_t jump = 1u << 20; jump > 0; jump /= 2) { // what is too small for a pool is taken to fit on the way
+        const uint32_t cells = (fits + jump)*step_cells;
+        if (fits + jump < n_steps && (cells < least_cells || shortage(types, cells) == 0)) {
             fits += jump;
         }
     }
-    return fits*step_cells;
+    return fits*step_cells >= least_cells ? fits*step_cells : 0;
 }
 
 // "" if the cache may have these types.

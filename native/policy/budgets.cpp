@@ -12,7 +12,7 @@ struct split {
 };
 
 split hand_out(const std::vector<std::vector<layer_budget>> & members, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx, uint32_t unit_cells) {
-    least_cells = std::min(mean_cells, (least_cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS);
+    least_cells = std::min(mean_cells / POOL_PAD_CELLS, (least_cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS)*POOL_PAD_CELLS;
     split result;
     std::vector<double>   sensitivity;
     std::vector<uint64_t> cell_bytes;

@@ -25,8 +25,8 @@ struct group_budget {
 
 double predicted_loss(double sensitivity, double active_ratio);
 
-// Together the groups have at most the bytes of mean_cells in every layer; each has least_cells to n_ctx cells,
-// or mean_cells where that is less.
+// Together the groups have at most the bytes of mean_cells in every layer, POOL_PAD_CELLS at least; each has a multiple of
+// POOL_PAD_CELLS, least_cells to n_ctx, or about mean_cells where that is less.
 //
 // A budget for each layer; layers that get the same one are one group, since with one ranking they hold the same tokens.
 // Budgets go in steps of about a quarter of mean_cells, so the groups are few.

@@ -548,7 +548,7 @@ bool has_auto_pool(const asrkf_config & config) { return config.policy != ASRKF_
 
 bool is_pool_of_bytes(const asrkf_config & config) { return config.pool_cells == 0 && config.pool_ratio == 0 && parse_groups(config.layers).empty(); }
 
-uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx) {
+uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx, bool is_mean) {
     uint64_t cells = config.pool_cells;
     if (config.pool_ratio > 0) {
         cells = uint64_t(std::ceil(double(config.pool_ratio) * n_ctx - 1e-6));
@@ -556,7 +556,7 @@ uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx) {
     if (cells > n_ctx) {
         invalid(format("pool of %llu cells is larger than n_ctx %u: lower kv_pool, or use kv_policy=\"full\"", (unsigned long long) cells, n_ctx));
     }
-    cells = (cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS;
+    cells = is_mean ? std::max<uint64_t>(cells, POOL_PAD_CELLS) : (cells + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS * POOL_PAD_CELLS;
     return uint32_t(std::min<uint64_t>(cells, n_ctx)); // n_ctx is a multiple of the padding, too
 }
 

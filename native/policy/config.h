@@ -38,7 +38,8 @@ constexpr uint32_t POOL_PAD_CELLS = 256; // CUDA's grouped attention kernels wan
 bool is_pool_of_bytes(const asrkf_config & config);
 bool has_auto_pool(const asrkf_config & config);
 
-// Of a pool in cells or a part of n_ctx: cells, rounded up to a multiple of POOL_PAD_CELLS, at most n_ctx. Throws error.
-uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx);
+// Of a pool in cells or a part of n_ctx: cells, rounded up to a multiple of POOL_PAD_CELLS, at most n_ctx. As a mean of layers that have
+// such multiples each it need be none itself. Throws error.
+uint32_t resolve_pool(const asrkf_config & config, uint32_t n_ctx, bool is_mean = false);
 
 } // namespace asrkf

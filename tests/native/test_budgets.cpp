@@ -53,6 +53,20 @@ TEST(each, "a budget per layer: the sensitive one gets most, equal ones are one 
     CHECK(cells[2] > cells[4] && cells[4] > cells[0]);
 }
 
+TEST(mean, "a mean between two multiples is used as far as whole units go, and no further") {
+    const std::vector<double> sensitivities = { 1, 1, 20, 1, 5, 1, 1, 1 };
+    uint64_t before = 0;
+    for (uint32_t mean = 256; mean <= 1600; mean += 8) {
+        const auto groups = split_each(layers_with(sensitivities), mean, 512, 4096);
+        const uint64_t n = cells_of(groups);
+        for (const group_budget & g : groups) {
+            CHECK(g.pool_cells % POOL_PAD_CELLS == 0 && g.pool_cells >= std::min(512u, mean / 256*256));
+        }
+        CHECK(n <= 8*mean && n + 256 > 8*mean && n >= before);
+        before = n;
+    }
+}
+
 TEST(each_is_few, "with many cells the steps are larger, so that the groups stay few") {
     std::vector<double> sensitivities;
     for (int i = 0; i < 32; ++i) {

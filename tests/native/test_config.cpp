@@ -41,6 +41,7 @@ TEST(pool_resolved, "cells and fractions round up to 256, bytes round down") {
     CHECK(resolve_pool(config_parse("asrkf,pool=2000"), 8192) == 2048);
     CHECK(resolve_pool(config_parse("asrkf,pool=0.25"), 8192) == 2048);
     CHECK(resolve_pool(config_parse("asrkf,pool=0.26"), 8192) == 2304);
+    CHECK(resolve_pool(config_parse("asrkf,pool=2000"), 8192, true) == 2000 && resolve_pool(config_parse("asrkf,pool=20"), 8192, true) == 256);
     CHECK(says(thrown([] { resolve_pool(config_parse("asrkf,pool=9000"), 8192); }), "larger than n_ctx 8192"));
 }
 
