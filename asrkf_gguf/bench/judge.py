@@ -89,8 +89,8 @@ def parts_of(arguments: argparse.Namespace, tasks: list[str]) -> tuple[list[Part
     reference = [Part(REFERENCE, length) for length in arguments.length] + [Part(REFERENCE, first, task) for task in tasks]
     others = [Part(side, first) for side in main[1:]]
     others += [Part(side, first, task) for task in tasks for side in all_sides[1:] if side.name in ASKED]
-    others += [Part(side, length) for length in more for side in main[1:]]
     others += [Part(side, first) for side in all_sides[len(main) :]]
+    others += [Part(side, length) for length in more for side in main[1:]]
     others += [Part(side, first, task) for task in tasks for side in all_sides[1:] if side.name not in ASKED and TASKS[task].n_questions > 1]
     return reference, others
 
