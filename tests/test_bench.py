@@ -15,7 +15,7 @@ import pytest
 from conftest import python
 
 from asrkf_gguf import bench, divergence, tasks, texts
-from asrkf_gguf.bench import looks, measure, needles, quality, records, sides, speed, tables
+from asrkf_gguf.bench import looks, measure, needles, quality, records, sides, speed
 from asrkf_gguf.bench.sides import Side
 
 GPL = Path("/usr/share/common-licenses/GPL-3")
@@ -306,24 +306,6 @@ def test_needles_are_asked_once_and_fit_the_context(bench_command):
     rows = bench_command(*words)
     assert len(rows) == 3 * 4 and all(row["asked"] == "5" for row in rows) and FakeLlama.read > 0
     assert bench_command(*words) == rows and FakeLlama.read == 0
-
-
-def test_the_table_of_equal_bytes_has_upstreams_caches_and_pools_of_bytes_only(tmp_path):
-    def row(side: str, config: str, mib: int, kl: str, command: str = "scripts/bench quality") -> dict[str, object]:
-        given = {"side": side, "config": config, "device_bytes": mib << 20, "kl_mean": kl, "command": command}
-        fixed = {"text": "essay", "length": 4096, "kl_se": "0.001", "top1_ratio": "0.9", "commit": "abc"}
-        return {**dict.fromkeys(quality.QUALITY, ""), **fixed, **given}
-
-    table = records.Table(tmp_path / "quality.csv", quality.QUALITY)
-    chosen = "scripts/bench quality --side 'mine=asrkf,pool=33%;type=q8_0'"
-    for number, made in enumerate((
-        row("full-q4_0", "full,n_ctx=4096", 25, "0.05"), row("mine", "asrkf,pool=2560", 30, "0.006", chosen),
-        row("asrkf", "asrkf,pool=1280", 31, "0.02"), row("full-f16", "full,n_ctx=4096", 90, "0"),
-    )):  # fmt: skip
-        table.add({**made, "run": number})
-    lines = tables.equal_bytes_table(tmp_path / "quality.csv").splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| full-f16", "| asrkf, pool=33%, type=q8_0", "| full-q4_0"]
-    assert lines[3] == "| asrkf, pool=33%, type=q8_0 | 30.0 MiB | 0.0060 ± 0.0010 | 90.0 % |" and f"    {chosen}" in lines
 
 
 # speed, and pictures: what they do at toy size

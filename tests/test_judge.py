@@ -14,6 +14,7 @@ from make_models import write_random_gates
 from asrkf_gguf import _native
 from asrkf_gguf.bench import judge, judge_tables, measure, needles, sides
 from asrkf_gguf.bench.measure import Resampled
+from asrkf_gguf.bench.records import Table
 from asrkf_gguf.family import loaded_model
 
 
@@ -55,7 +56,7 @@ def test_a_mean_over_texts_is_of_their_values_and_draws():
 # sides, parts and tables
 
 def test_the_same_bytes_are_asked_for_of_every_policy():
-    asked = [sides.parse_side(text, "") for text in (*judge.MAIN, *judge.OTHERS) if "=" in text]
+    asked = [side for side in (sides.parse_side(text, "") for text in (*judge.MAIN, *judge.OTHERS)) if side.is_pooled]
     assert {side.pool for side in asked} == {"33.3%", "25%", "12.5%"}
     assert {side.name for side in asked} >= {goal.side for goal in judge_tables.GOALS}
     assert {side.policy for side in asked} >= {"asrkf", "kvzip", "refreekv", "window", "random", "paper"}
@@ -91,6 +92,25 @@ def test_tasks_that_only_the_full_cache_was_asked_are_named_below_the_table():
     assert lines[0] == "| tokens | side | device K, V, index | niah-single |"
     assert lines[3] == "| 4096 | asrkf 1/3 | 1.0 MiB | 28 of 30 |"
     assert lines[-1] == "Not solved by the full cache: early-fact (3 of 30)."
+
+
+def test_the_table_of_equal_bytes_has_upstreams_caches_and_asrkf_at_one_length(tmp_path):
+    def judged(side: str, kind: str, mib: int, kl: str, length: int = 4096) -> dict[str, object]:
+        given = {"side": side, "type": kind, "device_bytes": mib << 20, "kl": kl, "length": length, "run": f"{side} {length}"}
+        fixed = {"model": judge_tables.MODEL, "kl_low": "0.001", "kl_high": "0.1", "top1_ratio": "0.9", "commit": "abc"}
+        fixed["command"] = "scripts/bench judge"
+        return {**dict.fromkeys(judge.JUDGED, ""), **fixed, **given}
+
+    table = Table(tmp_path / "judge.csv", judge.JUDGED)
+    for made in (
+        judged("full-q4_0", "q4_0", 25, "0.05"), judged("full-q8_0-q4_0", "q8_0/q4_0", 36, "0.01"), judged("asrkf 1/3 f16", "f16", 28, "0.02"),
+        judged("window 1/3", "q8_0", 30, "0.04"), judged("full-f16", "f16", 90, "0"), judged("full-f16", "f16", 180, "0", 8192),
+    ):  # fmt: skip
+        table.add(made)
+    lines = judge_tables.equal_bytes_table(tmp_path).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| full, F16", "| full, Q8_0/Q4_0", "| asrkf, 1/3 of the bytes, F16", "| full, Q4_0"]
+    assert lines[4] == "| asrkf, 1/3 of the bytes, F16 | 28.0 MiB | 0.0200 (0.0010 to 0.1000) | 90.0 % |"
+    assert lines[-1] == "    scripts/bench judge"
 
 
 # a run

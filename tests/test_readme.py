@@ -60,6 +60,10 @@ def test_the_table_of_second_looks_is_made_from_the_committed_rows():
     assert between(ROOT / "docs/results.md", "looks: scripts/bench looks-table", "end of looks") == made("looks-table")
 
 
+def test_the_judges_tables_are_made_from_the_committed_rows():
+    assert between(ROOT / "docs/results.md", "judge: scripts/bench judge-table", "end of judge") == made("judge-table")
+
+
 def test_the_table_of_calibrations_in_q8_0_is_made_from_the_committed_rows():
     marks = "calibration: scripts/bench calibration-table", "end of calibration"
     assert between(ROOT / "docs/results.md", *marks) == made("calibration-table")

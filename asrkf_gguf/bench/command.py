@@ -8,14 +8,14 @@ from pathlib import Path
 from ..models import MODEL_FORMS, resolve_model
 from ..tasks import TASKS
 from .judge import JUDGED_TASKS, judge
-from .judge_tables import table_of_judge
+from .judge_tables import table_of_equal_bytes, table_of_judge
 from .looks import looks
 from .needles import OWN_TASKS, needles
 from .plots import plot
 from .quality import cuts, quality
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, table_of_calibration, table_of_equal_bytes, table_of_looks, tables_of_quality, tables_of_readme
+from .tables import table, table_of_calibration, table_of_looks, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         _add_sides(add("looks", "what a token missed, and what a second look gains; the first side is what all are compared with", looks))
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
-        add("equal-bytes-table", "of quality: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
+        add("equal-bytes-table", "of the judge: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
         add("judge-table", "the tables of the judge's rows", table_of_judge)
         add("calibration-table", "of calibration.csv: the same pools with a calibration and without", table_of_calibration)
         add("looks-table", "the same of looks", table_of_looks)

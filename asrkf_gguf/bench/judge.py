@@ -39,7 +39,7 @@ MAIN = (
     *(f"asrkf {share}=asrkf,pool={pool};type=q8_0" for share, pool in (("1/3", "33.3%"), ("1/4", "25%"), ("1/8", "12.5%"))),
 )  # fmt: skip
 OTHERS = (
-    "asrkf 1/3 f16=asrkf,pool=33.3%;type=f16",
+    "full-q8_0-q4_0=full;type=q8_0/q4_0", "asrkf 1/3 f16=asrkf,pool=33.3%;type=f16",
     *(f"{policy} 1/3={policy},pool=33.3%;type=q8_0" for policy in ("kvzip", "refreekv", "window", "random", "paper")),
 )
 ASKED = ("full-f16", BASE, "asrkf 1/3", "asrkf 1/8")  # in every task; the other sides where questions share a prompt

@@ -19,6 +19,7 @@ class Goal(NamedTuple):
     name: str
 
 
+MODEL, LENGTH = "SmolLM2-135M-Instruct.Q4_1.gguf", 4096  # that README shows
 OF_Q8_0 = "KL of the full Q8_0 cache's"
 WORST_OF_Q8_0 = "times the full Q8_0 cache's KL, worst text"
 GOALS = [
@@ -61,6 +62,25 @@ def texts_table(rows: list[Row]) -> list[str]:
     return markdown(head, cells)
 
 
+def equal_bytes_table(folder: Path, model: str = MODEL, length: int = LENGTH) -> str:
+    """Upstream's caches, and asrkf with a part of the full F16 cache's bytes: what the same bytes buy. Most bytes first."""
+    of_length = (row for row in newest(folder / "judge.csv", "model", "length", "side") if (row["model"], int(row["length"])) == (model, length))
+    found = sorted((row for row in of_length if row["side"].startswith(("full", "asrkf"))), key=lambda row: -float(row["device_bytes"]))
+    cells = [
+        (spelled_side(row), mebibytes(float(row["device_bytes"])), with_interval(row, "kl", 4), f"{100 * float(row['top1_ratio']):.1f} %")
+        for row in found
+    ]
+    head = ("cache", "device KV + index", f"KL, texts of {length:,} tokens", "same likeliest next token")
+    return "\n".join([*markdown(head, cells), *made_by(found)])
+
+
+def spelled_side(row: Row) -> str:
+    """asrkf 1/3 f16: "asrkf, 1/3 of the bytes, F16"; full-q8_0: "full, Q8_0"."""
+    policy, _, share = row["side"].partition(" ")
+    of_bytes = f"{share.split()[0]} of the bytes, " if share else ""
+    return f"{policy.split('-')[0]}, {of_bytes}{row['type'].upper()}"
+
+
 def with_interval(row: Row, figure: str, digits: int) -> str:
     value, low, high = (float(row[figure + suffix]) for suffix in ("", "_low", "_high"))
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
@@ -94,6 +114,11 @@ def goals_table(rows: list[Row]) -> list[str]:
         if (row := of_side.get((goal.side, goal.length))) and (value := float(row[goal.figure])) is not None
     ]
     return markdown(("tokens", "side", "of the worst text", "at most", "is", ""), cells) if cells else []
+
+
+def table_of_equal_bytes(_arguments: object) -> int:
+    print(equal_bytes_table(results_file("judge.csv").parent))
+    return 0
 
 
 def table_of_judge(_arguments: object) -> int:

@@ -134,19 +134,6 @@ def needles_table() -> list[str]:
     return [*markdown(("tokens", "side", "device KV + index", *tasks), cells), *made_by(found)]
 
 
-def equal_bytes_table(path: Optional[Path] = None) -> str:
-    """Upstream's caches, and pools that were given a part of the full F16 cache's bytes: what the same bytes buy. Most bytes first."""
-    of_bytes = (loss for loss in losses(path) if loss.length == LENGTH and loss.policy in ("full", "asrkf"))
-    found = [loss for loss in of_bytes if loss.policy == "full" or "%" in loss.side]
-    found.sort(key=lambda loss: -loss.device_bytes)
-    cells = [
-        (loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}", f"{100 * loss.mean('top1_ratio'):.1f} %")
-        for loss in found
-    ]
-    head = ("cache", "device KV + index", f"KL, texts of {LENGTH:,} tokens", "same likeliest next token")
-    return "\n".join([*markdown(head, cells), *made_by(row for loss in found for row in loss.rows)])
-
-
 def calibration_table() -> str:
     """Pools of a part of F16's bytes with a calibration and without."""
     head = ("side", "device KV + index", "KL, mean", "KL by text", "same likeliest next token")
@@ -236,11 +223,6 @@ def table(_arguments: argparse.Namespace) -> int:
 
 def tables_of_quality(_arguments: argparse.Namespace) -> int:
     print(quality_table())
-    return 0
-
-
-def table_of_equal_bytes(_arguments: argparse.Namespace) -> int:
-    print(equal_bytes_table())
     return 0
 
 
