@@ -25,7 +25,7 @@ class FreezeConfig:
     """"full" (upstream's cache), "asrkf", "paper", "refreekv", "kvzip", or a control: "window", "random", "flag-all"."""
     pool: Optional[PoolSize] = None
     """Size of the pool: "auto" (what fits the device), cells (2048), part of n_ctx (0.25), bytes of K, V and index ("512MiB"), or so
-    much of the bytes of a full F16 cache ("33%"). `Llama(kv_pool=...)` sets it."""
+    much of the bytes of a full F16 cache of the served layers ("33%"). `Llama(kv_pool=...)` sets it."""
     types: Optional[str] = None
     """Types of K and V: "given" (type_k, type_v), or "auto": the best that the pool's bytes have room for. `Llama` takes "auto" for
     a pool of bytes if no type is named."""

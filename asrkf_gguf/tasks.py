@@ -41,7 +41,7 @@ class Needle:
 
 @dataclass(frozen=True)
 class WordList(Needle):
-    """No text: a numbered list, in which the answers come about ten times as often as the other words."""
+    """No text: a numbered list, in which the answers come about ten times as often as the other words (less in short lists)."""
 
     others: tuple[str, ...] = ()
 

@@ -66,7 +66,7 @@ PYTHON = {
     "bench.process": set(),  # upstream's side must not load our library
     "bench.speed": {"bench.records", "bench.sides", "stats", "texts"},
     "bench.tables": {"bench.records", "stats"},
-    "bench.judge_tables": {"bench.records", "bench.tables"},
+    "bench.judge_tables": {"bench.needles", "bench.records", "bench.tables"},
     "bench.judge": {
         "bench.judge_tables", "bench.measure", "bench.needles", "bench.quality", "bench.records", "bench.sides", "gates.file", "models", "tasks",
         "texts",

@@ -1,4 +1,5 @@
-"""The judge: every policy and upstream's caches at equal device bytes, in texts and in tasks, made into one table.
+"""The judge: every policy and upstream's caches at equal device bytes, in texts and in tasks, made into one table. A policy has at most the
+bytes of its share: those with budgets by layer use them to a percent, the others in steps of 256 cells in every layer.
 
 Sides read the same texts, position by position, and the same prompts; so all comparisons are paired. Its parts (a side at a length, a
 side in a task) are those of `quality` and `needles`, with their records: a run that was cut off goes on where it stopped.
@@ -12,7 +13,9 @@ import contextlib
 import functools
 import io
 import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +28,9 @@ from ..gates.file import default_file
 from ..models import resolve_model
 from ..tasks import TASKS
 from ..texts import load_texts
-from .judge_tables import judge_tables
+from .judge_tables import is_solved, judge_tables
 from .measure import Resampled
-from .needles import SOLVED_RATIO, Needles
+from .needles import NEEDLES, Needles
 from .quality import Quality
 from .records import DESCRIPTION, Table, describe, load_record, results_file
 from .sides import REFERENCE, Side, parse_side
@@ -114,13 +117,25 @@ def asked_for(arguments: argparse.Namespace, length: int, file: str) -> argparse
 
 def counting_tasks(arguments: argparse.Namespace, tasks: list[str]) -> list[str]:
     """Those that the full cache solves."""
-    rows = Needles(asked_for(arguments, arguments.length[0], "judge_tasks.csv"), load_texts(arguments.text), [REFERENCE], tasks).rows
-    return [task for (_, _, task), row in rows.items() if float(row["found"]) >= SOLVED_RATIO * int(row["asked"])]
+    found = argparse.Namespace(**{**vars(asked_for(arguments, arguments.length[0], "judge_tasks.csv")), "again": False})  # measured just now
+    rows = Needles(found, load_texts(arguments.text), [REFERENCE], tasks).rows
+    return [task for (_, _, task), row in rows.items() if is_solved(row)]
+
+
+def end_with_parent() -> None:
+    """In each process: a judge that is killed shall not leave work behind."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()  # type: ignore[union-attr]
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_parts(arguments: argparse.Namespace, parts: Iterable[Part], bar: tqdm) -> None:
     """Each in a process, so many at once. What fails ends the run: what is done is kept."""
-    pool = concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"))
+    pool = concurrent.futures.ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn"), end_with_parent)
     with pool:
         waiting = [pool.submit(measure_part, arguments, part) for part in parts]
         try:
@@ -156,7 +171,8 @@ def summary(arguments: argparse.Namespace, side: Side, length: int) -> Optional[
     }  # fmt: skip
     row = mine[0]["row"]
     return {
-        **{key: row[key] for key in ("date", "commit", "machine", "threads", "model", "config", "type", *BYTES)},
+        **{key: row[key] for key in ("date", "machine", "threads", "model", "config", "type", *BYTES)},
+        "commit": "+".join(dict.fromkeys(record["row"]["commit"] for record in mine)),
         "command": describe(arguments)["command"],
         **{key: f"{value:.6g}" for key, value in figures.items()}, "worst_text": list(quality.texts)[worst], "texts": "+".join(quality.texts),
         "length": length, "positions": arguments.positions, "side": side.name,
@@ -172,6 +188,8 @@ def judge(arguments: argparse.Namespace) -> int:
         if not has_gates(model):
             print(f"{model.name} has no gates, so kvzip is not judged on it: asrkf gates train makes them", file=sys.stderr)
         reference, others = ([part for part in parts if arguments.only in ("", part.kind)] for parts in parts_of(of_model, tasks))
+        for file, columns in (("judge_texts.csv", Quality.columns()), ("judge_tasks.csv", NEEDLES)):
+            Table(folder / file, columns)  # before processes write to them
         with tqdm(total=len(reference) + len(others), unit="part", desc="judge", disable=None) as bar:
             run_parts(of_model, reference, bar)
             counting = counting_tasks(of_model, tasks)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from .needles import SOLVED_RATIO
 from .records import results_file
 from .tables import Row, made_by, markdown, mebibytes, newest
 
 
 class Goal(NamedTuple):
-    """What the worst of the texts shall reach."""
+    """What a side shall reach; of a loss, in the worst of the texts."""
 
     side: str
     length: int
@@ -34,14 +35,18 @@ GOALS = [
 def judge_tables(folder: Path) -> str:
     """For each model: its texts, its tasks, and which goals are reached."""
     rows = newest(folder / "judge.csv", "model", "length", "side")
-    tasks = newest(folder / "judge_tasks.csv", "model", "length", "side", "task")
+    asked = folder / "judge_tasks.csv"
+    tasks = newest(asked, "model", "length", "side", "task") if asked.exists() else []
     parts = []
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
-        asked = [row for row in tasks if row["model"] == model]
         parts += [f"**{model}**", "", *texts_table(of_model), ""]
-        if asked:
-            parts += [*tasks_table(asked), ""]
+        of_length: dict[str, list[Row]] = {}
+        for row in tasks:
+            if row["model"] == model:
+                of_length.setdefault(row["length"], []).append(row)
+        for rows_of_length in of_length.values():
+            parts += [*tasks_table(rows_of_length), ""]
         if goals := goals_table(of_model):
             parts += [*goals, ""]
     return "\n".join([*parts, *made_by([*rows, *tasks])])
@@ -87,10 +92,9 @@ def with_interval(row: Row, figure: str, digits: int) -> str:
 
 
 def tasks_table(rows: list[Row]) -> list[str]:
-    """A line for each side, a column for each task that the full cache solves; and what it does not."""
+    """Of one length: a line for each side, a column for each task that the full cache solves; and what it does not."""
     full = {row["task"]: row for row in rows if row["side"] == "full-f16"}
-    asked_of = {task: [row for row in rows if row["task"] == task] for task in full}
-    counting = [task for task, asked in asked_of.items() if len(asked) > 1]
+    counting = [task for task, row in full.items() if is_solved(row)]
     lines = []
     for side in dict.fromkeys(row["side"] for row in rows):
         own = {row["task"]: row for row in rows if row["side"] == side}
@@ -100,6 +104,10 @@ def tasks_table(rows: list[Row]) -> list[str]:
     unsolved = ", ".join(f"{task} ({score(full[task])})" for task in full if task not in counting)
     below = ["", f"Not solved by the full cache: {unsolved}."] if unsolved else []
     return [*markdown(("tokens", "side", "device K, V, index", *counting), lines), *below]
+
+
+def is_solved(row: Row) -> bool:
+    return float(row["found"]) >= SOLVED_RATIO * int(row["asked"])
 
 
 def score(row: Row) -> str:
@@ -113,7 +121,7 @@ def goals_table(rows: list[Row]) -> list[str]:
         for goal in GOALS
         if (row := of_side.get((goal.side, goal.length))) and (value := float(row[goal.figure])) is not None
     ]
-    return markdown(("tokens", "side", "of the worst text", "at most", "is", ""), cells) if cells else []
+    return markdown(("tokens", "side", "goal", "at most", "is", ""), cells) if cells else []
 
 
 def table_of_equal_bytes(_arguments: object) -> int:

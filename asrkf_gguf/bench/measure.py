@@ -32,7 +32,7 @@ def standard_error(values: np.ndarray) -> float:
 
 @functools.cache
 def _draws(n: int, seed: int) -> np.ndarray:
-    """[RESAMPLES, n or less]: positions of a moving-block bootstrap (Künsch 1989), since neighbours hang together; blocks go round the end."""
+    """[RESAMPLES, n or less]: positions of a circular block bootstrap (Politis and Romano 1992): neighbours hang together."""
     size = min(BLOCK_POSITIONS, n)
     begins = np.random.default_rng([n, seed]).integers(0, n, (RESAMPLES, n // size, 1))
     return (begins + np.arange(size)).reshape(RESAMPLES, -1) % n

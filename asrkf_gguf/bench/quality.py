@@ -41,9 +41,13 @@ class Quality:
         self.arguments, self.texts, self.sides = arguments, texts, sides
         self.folder = cache_folder() / "bench"
         self.folder.mkdir(exist_ok=True)
-        self.table = Table(arguments.out or results_file(self.file), [*QUALITY[:-1], *self.more_figures, QUALITY[-1]], arguments.again)
+        self.table = Table(arguments.out or results_file(self.file), self.columns(), arguments.again)
         self.description = describe(arguments)
         self.rows: list[dict[str, Any]] = []
+
+    @classmethod
+    def columns(cls) -> list[str]:
+        return [*QUALITY[:-1], *cls.more_figures, QUALITY[-1]]
 
     def run_of(self, side: Side, length: int, text: str) -> str:
         arguments = self.arguments

@@ -14,7 +14,7 @@ import llama_cpp
 from ..config import FreezeConfig
 from ..llama import Llama
 
-CELLS = 256  # pools and contexts are multiples of it
+CELLS = 256  # contexts are multiples of it, and pools that a side names as a part of the length
 BATCH_TOKENS = 512
 
 

@@ -58,7 +58,7 @@ struct asrkf_config {
     uint32_t pool_cells;       /* at most one of the four is not 0; none: what fits the device. Cells, */
     float    pool_ratio;       /*   part of n_ctx (0..1], */
     uint64_t pool_bytes;       /*   bytes of K, V and index together, */
-    float    pool_f16_percent; /*   or so much of the bytes that K and V of n_ctx tokens have in F16 (0..100] */
+    float    pool_f16_percent; /*   or so much of the bytes that K and V of n_ctx tokens have in F16, without sliding windows (0..100] */
     int32_t  types;
     uint32_t sinks;
     uint32_t window;           /* 0: half of the group's pool */
@@ -290,7 +290,7 @@ ASRKF_API enum asrkf_status asrkf_next_calibrator(asrkf_calibrator calibrator, v
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 /* The same and more of an output row of the last llama_decode(), i as in llama_get_logits_ith(); waits for it. Where a backend
  * sampler took the row, and left its logits on the device, it is read there (on CUDA by a kernel), for the last row of each
- * sequence. Serves upstream's cache, too, but for such rows: ASRKF_UNSUPPORTED. ASRKF_INVALID_ARGUMENT: there is no such row;
+ * sequence, until its tokens are removed. Serves upstream's cache, too, but for such rows: ASRKF_UNSUPPORTED. ASRKF_INVALID_ARGUMENT: there is no such row;
  * ASRKF_INTERNAL: a logit is NaN, or the device failed. */
 ASRKF_API enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, struct asrkf_output * out);
 

@@ -143,7 +143,11 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
         return { one };
     }
     const uint32_t least = least_pool(config);
-    return mode == "two" ? split_two(layers, mean_cells, least, config.n_ctx) : split_each(layers, resolve_pool(config, config.n_ctx, has_mean_pool(config)), least, config.n_ctx);
+    if (mode == "two") {
+        return split_two(layers, mean_cells, least, config.n_ctx);
+    }
+    const uint32_t exact_cells = resolve_pool(config, config.n_ctx, has_mean_pool(config)); // too few for whole units that are enough: rounded up
+    return split_each(layers, exact_cells < padded(least) ? mean_cells : exact_cells, least, config.n_ctx);
 }
 
 //

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 
 namespace asrkf {
 
@@ -28,7 +27,7 @@ public:
 
 private:
     struct copy { ggml_backend_t backend = nullptr; std::vector<float> logits; };
-    std::vector<copy> rows; // by slot
+    std::vector<copy> rows; // by slot; the context waits for its backends before it ends
 };
 
 void host_reader::read(ggml_backend_t backend, const ggml_tensor * logits, uint32_t row, uint32_t slot) {
@@ -51,19 +50,20 @@ asrkf_output host_reader::of(uint32_t slot) {
 
 std::unique_ptr<output_reader> make_host_reader(uint32_t n_slots) { return std::make_unique<host_reader>(n_slots); }
 
-void output_rows::choose_reader(ggml_backend_t backend) {
-    if (reader && device == ggml_backend_get_device(backend)) {
-        return;
+output_reader & output_rows::reader_of(ggml_backend_t backend) {
+    ggml_backend_dev_t device = ggml_backend_get_device(backend);
+    std::unique_ptr<output_reader> & reader = readers[device];
+    if (!reader) {
+        std::string why_not;
+        reader = make_device_reader(device, uint32_t(rows.size()), why_not);
+        if (!why_not.empty()) {
+            LLAMA_LOG_WARN("asrkf: %s\n", why_not.c_str());
+        }
     }
-    std::string why_not;
-    device = ggml_backend_get_device(backend);
-    reader = make_device_reader(device, uint32_t(rows.size()), why_not);
     if (!reader) {
         reader = make_host_reader(uint32_t(rows.size()));
     }
-    if (!why_not.empty()) {
-        LLAMA_LOG_WARN("asrkf: %s\n", why_not.c_str());
-    }
+    return *reader;
 }
 
 void output_rows::fetch(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_read) {
@@ -83,12 +83,12 @@ void output_rows::fetch(llama_context & ctx, const llm_graph_result & res, const
     ggml_backend_t backend = ggml_backend_sched_get_tensor_backend(ctx.get_sched(), res.t_logits);
     for (const auto & [seq, at] : last) {
         const bool sampled = is_sampled(at);
-        rows[seq] = sampled ? row::lost : row::none;
+        rows[seq] = { sampled ? row::lost : row::none, nullptr };
         try {
-            choose_reader(backend);
-            if (sampled || reader->beats_host()) {
-                reader->read(backend, res.t_logits, at, seq);
-                rows[seq] = sampled ? row::sampled : row::plain;
+            output_reader & reader = reader_of(backend);
+            if (sampled || reader.beats_host()) {
+                reader.read(backend, res.t_logits, at, seq);
+                rows[seq] = { sampled ? row::sampled : row::plain, &reader };
             }
         } catch (const std::exception & e) {
             refuse(e);
@@ -118,8 +118,8 @@ asrkf_output output_of(llama_context * ctx, int32_t i) {
         asrkf_output output = { sizeof(asrkf_output), NAN, NAN, NAN };
         engine * with_policy = engine_of(ctx);
         if (!with_policy || !with_policy->get_sampled_output(i, output)) {
-            unsupported(format("output row %d went to a backend sampler, which leaves no logits: set a kv_policy, or sample on the CPU "
-                    "(llama_set_sampler() with NULL)", i));
+            unsupported(format("output row %d went to a backend sampler, which leaves no logits: %s, or sample on the CPU (llama_set_sampler() with NULL)", i,
+                    with_policy ? "ask for the last row of a sequence, before its tokens are removed" : "set a kv_policy"));
         }
         if (std::isnan(output.entropy)) {
             throw error(ASRKF_INTERNAL, format("output row %d has a NaN: the model's weights or the device are at fault", i));

@@ -4,6 +4,7 @@
 #include "scoring/output_reader.h"
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -25,17 +26,17 @@ public:
     void fetch(llama_context & ctx, const llm_graph_result & res, const llama_ubatch & ubatch, bool is_read);
     // Since the last clear(): none: ask the host; plain: it has the row, too; lost: a sampler's that could not be read.
     enum class row { none, plain, sampled, lost };
-    row at(uint32_t seq) const { return rows[seq]; }
+    row at(uint32_t seq) const { return rows[seq].kind; }
     // Of a plain or sampled one: waits for it. Throws error(ASRKF_INTERNAL) if the device failed.
-    asrkf_output of(uint32_t seq) { return reader->of(seq); }
-    void clear() { rows.assign(rows.size(), row::none); }
+    asrkf_output of(uint32_t seq) { return rows[seq].reader->of(seq); }
+    void clear() { rows.assign(rows.size(), {}); }
 
 private:
-    void choose_reader(ggml_backend_t backend);
+    output_reader & reader_of(ggml_backend_t backend);
 
-    std::vector<row>               rows; // by sequence
-    std::unique_ptr<output_reader> reader;
-    ggml_backend_dev_t             device = nullptr; // the reader's
+    struct kept { row kind = row::none; output_reader * reader = nullptr; };
+    std::vector<kept> rows; // by sequence
+    std::map<ggml_backend_dev_t, std::unique_ptr<output_reader>> readers; // a batch of another size may be computed elsewhere
 };
 
 // Copies rows to the host.

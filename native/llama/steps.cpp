@@ -172,7 +172,13 @@ double steps::entropy_of_last(const sequence & s) {
 bool steps::get_sampled_output(int32_t i, asrkf_output & out) {
     const int32_t row = i < 0 ? i : size_t(i) < row_of.size() ? row_of[size_t(i)] : 0;
     for (const sequence & s : tokens.sequences) {
-        if (row != 0 && s.output == row && outputs.at(s.id) == output_rows::row::sampled) {
+        if (row == 0 || s.output != row) {
+            continue;
+        }
+        if (outputs.at(s.id) == output_rows::row::lost) {
+            throw error(ASRKF_INTERNAL, format("output row %d could not be read on its device: the log says why", i));
+        }
+        if (outputs.at(s.id) == output_rows::row::sampled) {
             out = outputs.of(s.id);
             return true;
         }

@@ -138,19 +138,21 @@ TEST(outputs, "recovery and a caller have the entropies that the host finds, who
         const context ctx = make("asrkf,pool=512,layers=shared,recovery=soft", cuda, 2);
         llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
         llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-        CHECK(!sampled || llama_set_sampler(ctx.get(), 1, chain));
+        CHECK(!sampled || (llama_set_sampler(ctx.get(), 0, chain) && llama_set_sampler(ctx.get(), 1, chain)));
         wants_cuda = cuda; // readers are made when the first output comes
         std::vector<double> found;
         for (int i = 0; i < 20; ++i) {
             CHECK(extend(ctx, { 0, 1 }, 2) == 0);
-            asrkf_output out = { sizeof(asrkf_output), 0, 0, 0 };
-            CHECK(asrkf_output_entropy(ctx.get(), -1, &out) == ASRKF_OK);
-            found.insert(found.end(), { out.log_sum_exp, out.entropy, out.top_probability });
+            for (const int32_t row : { -1, -2, 1, 3 }) { // two tokens of the one sequence, then two of the other
+                asrkf_output out = { sizeof(asrkf_output), 0, 0, 0 };
+                CHECK(asrkf_output_entropy(ctx.get(), row, &out) == ASRKF_OK);
+                found.insert(found.end(), { out.log_sum_exp, out.entropy, out.top_probability });
+            }
             found.push_back(double(stats_of(ctx.get()).entropy));
         }
         CHECK(stats_of(ctx.get()).outputs_total == 38);
         wants_cuda = false;
-        CHECK(llama_set_sampler(ctx.get(), 1, nullptr));
+        CHECK(llama_set_sampler(ctx.get(), 0, nullptr) && llama_set_sampler(ctx.get(), 1, nullptr));
         llama_sampler_free(chain);
         return found;
     };

@@ -214,7 +214,8 @@ TEST(lost_row, "a row that could not be read is none: the step is good, and the 
     asrkf::fail_output_in = 1;
     CHECK(decode(own.ctx, { 5, 6 }) == 0);
     CHECK(asrkf::fail_output_in == 0 && std::strstr(asrkf_last_error(), "a test asked for") != nullptr);
-    output_of(own.ctx, -1, ASRKF_UNSUPPORTED);
+    output_of(own.ctx, -1, ASRKF_INTERNAL);
+    CHECK(std::strstr(asrkf_last_error(), "could not be read") != nullptr);
     CHECK(decode(own.ctx, { 7, 8 }) == 0);
     CHECK(stats_of(own.ctx).outputs_total == 1);
     output_of(own.ctx, -1);
