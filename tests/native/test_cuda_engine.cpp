@@ -136,9 +136,12 @@ TEST(first_decision, "from the same rows and the same index the first decision f
 TEST(outputs, "recovery and a caller have the entropies that the host finds, whoever draws the tokens") {
     const auto entropies = [](bool cuda, bool sampled) {
         const context ctx = make("asrkf,pool=512,layers=shared,recovery=soft", cuda, 2);
-        llama_sampler * chain = llama_sampler_chain_init(llama_sampler_chain_default_params());
-        llama_sampler_chain_add(chain, llama_sampler_init_greedy());
-        CHECK(!sampled || (llama_set_sampler(ctx.get(), 0, chain) && llama_set_sampler(ctx.get(), 1, chain)));
+        std::vector<llama_sampler *> chains; // each serves one sequence
+        for (const llama_seq_id seq : { 0, 1 }) {
+            chains.push_back(llama_sampler_chain_init(llama_sampler_chain_default_params()));
+            llama_sampler_chain_add(chains.back(), llama_sampler_init_greedy());
+            CHECK(!sampled || llama_set_sampler(ctx.get(), seq, chains.back()));
+        }
         wants_cuda = cuda; // readers are made when the first output comes
         std::vector<double> found;
         for (int i = 0; i < 20; ++i) {
@@ -152,8 +155,10 @@ TEST(outputs, "recovery and a caller have the entropies that the host finds, who
         }
         CHECK(stats_of(ctx.get()).outputs_total == 38);
         wants_cuda = false;
-        CHECK(llama_set_sampler(ctx.get(), 0, nullptr) && llama_set_sampler(ctx.get(), 1, nullptr));
-        llama_sampler_free(chain);
+        for (const llama_seq_id seq : { 0, 1 }) {
+            CHECK(llama_set_sampler(ctx.get(), seq, nullptr));
+            llama_sampler_free(chains[size_t(seq)]);
+        }
         return found;
     };
     const std::vector<double> expected = entropies(false, false);
