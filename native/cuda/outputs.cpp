@@ -37,26 +37,14 @@ reader::reader(ggml_backend_dev_t device, uint32_t n_slots) {
     if (!on_device || !on_host) {
         throw error(ASRKF_INTERNAL, "no memory for what output rows say");
     }
-    cudaPointerAttributes attributes = {};
-    check(cudaPointerGetAttributes(&attributes, figures(on_device, 0)), "say whose memory it gave");
-    number = attributes.device;
+    number = number_of(figures(on_device, 0));
     const current_device chosen(number);
-    cudaStream_t new_stream = nullptr;
-    check(cudaStreamCreateWithFlags(&new_stream, cudaStreamNonBlocking), "make a stream");
-    stream.reset(new_stream);
+    stream = new_stream();
     written.reset(ggml_backend_event_new(device));
     seen.reset(ggml_backend_event_new(device));
 }
 
-reader::~reader() {
-    if (!stream) {
-        return;
-    }
-    try {
-        const current_device chosen(number);
-        cudaStreamSynchronize(stream.get());
-    } catch (const error &) {} // nothing is lost that anybody waits for
-}
+reader::~reader() { finish(number, stream.get()); }
 
 void reader::read(ggml_backend_t backend, const ggml_tensor * logits, uint32_t row, uint32_t slot) {
     const current_device chosen(number);

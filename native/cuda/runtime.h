@@ -62,6 +62,31 @@ struct destroy {
 };
 template <typename Handle> using owned = std::unique_ptr<std::remove_pointer_t<Handle>, destroy>;
 
+// The device whose memory this is, as CUDA counts.
+inline int number_of(const void * address) {
+    cudaPointerAttributes attributes = {};
+    check(cudaPointerGetAttributes(&attributes, address), "say whose memory it has");
+    return attributes.device;
+}
+
+// A queue of the current device, which no other one waits for.
+inline owned<cudaStream_t> new_stream() {
+    cudaStream_t stream = nullptr;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "make a stream");
+    return owned<cudaStream_t>(stream);
+}
+
+// What ends waits for its work, if it has a queue; nobody else waits for it any more.
+inline void finish(int number, cudaStream_t stream) {
+    if (!stream) {
+        return;
+    }
+    try {
+        const current_device chosen(number);
+        cudaStreamSynchronize(stream);
+    } catch (const error &) {}
+}
+
 inline cudaEvent_t inside(const ggml_backend_event_ptr & event) { return static_cast<cudaEvent_t>(event->context); }
 
 // The stream's further work comes after what the backend has been given by now.

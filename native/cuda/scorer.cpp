@@ -112,14 +112,10 @@ void scorer::find_kernels() {
 }
 
 void scorer::make_queue() {
-    cudaPointerAttributes attributes = {};
-    check(cudaPointerGetAttributes(&attributes, part.kept->states()[part.layers[0]].index->data), "say whose the index is");
-    number = attributes.device;
+    number = number_of(part.kept->states()[part.layers[0]].index->data);
     const current_device chosen(number);
     check(lacks_kernel(type), "find a kernel for it");
-    cudaStream_t new_stream = nullptr;
-    check(cudaStreamCreateWithFlags(&new_stream, cudaStreamNonBlocking), "make a stream");
-    stream.reset(new_stream);
+    stream = new_stream();
     cudaEvent_t new_event = nullptr;
     check(cudaEventCreateWithFlags(&new_event, cudaEventDisableTiming), "make an event");
     uploaded.reset(new_event);
@@ -141,15 +137,7 @@ void scorer::allocate() {
     }
 }
 
-scorer::~scorer() {
-    if (!stream) {
-        return;
-    }
-    try {
-        const current_device chosen(number);
-        cudaStreamSynchronize(stream.get());
-    } catch (const error &) {} // nothing is lost that anybody waits for
-}
+scorer::~scorer() { finish(number, stream.get()); }
 
 std::string scorer::note() const {
     ggml_backend_buffer_type_t pinned = ggml_backend_dev_host_buffer_type(part.device);

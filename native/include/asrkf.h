@@ -290,8 +290,8 @@ ASRKF_API enum asrkf_status asrkf_next_calibrator(asrkf_calibrator calibrator, v
 ASRKF_API enum asrkf_status asrkf_entropy(const float * logits, size_t n, double * out_entropy);
 /* The same and more of an output row of the last llama_decode(), i as in llama_get_logits_ith(); waits for it. Where a backend
  * sampler took the row, and left its logits on the device, it is read there (on CUDA by a kernel), for the last row of each
- * sequence, until its tokens are removed. Serves upstream's cache, too, but for such rows: ASRKF_UNSUPPORTED. ASRKF_INVALID_ARGUMENT: there is no such row;
- * ASRKF_INTERNAL: a logit is NaN, or the device failed. */
+ * sequence, until its tokens are removed. Serves upstream's cache, too, but for such rows: ASRKF_UNSUPPORTED.
+ * ASRKF_INVALID_ARGUMENT: there is no such row; ASRKF_INTERNAL: a logit is NaN, or the device failed. */
 ASRKF_API enum asrkf_status asrkf_output_entropy(struct llama_context * ctx, int32_t i, struct asrkf_output * out);
 
 /* The configuration that runs: a pool that was chosen is in cells. */
