@@ -146,7 +146,10 @@ def test_the_picture_has_each_side_once_in_a_colour_of_its_own_with_its_error():
     assert len(set.union(*colours.values())) == len(colours) > 10
 
 
-@pytest.mark.parametrize("name", ["quality.csv", "needles.csv", "calibration.csv", "second_look.csv", "refreekv.csv"])
+@pytest.mark.parametrize("name", [
+    "quality.csv", "needles.csv", "calibration.csv", "second_look.csv", "refreekv.csv", "judge.csv", "judge_texts.csv", "judge_tasks.csv",
+    "variations.csv",
+])  # fmt: skip
 def test_every_row_of_quality_names_commit_machine_model_command_and_config(name):
     rows = rows_of(name)
     assert rows
