@@ -114,6 +114,7 @@ def open_side(side: Side, length: int, arguments: argparse.Namespace) -> Llama:
     return Llama(
         str(arguments.model), n_ctx=side.n_ctx(length), n_batch=BATCH_TOKENS, n_ubatch=BATCH_TOKENS, n_gpu_layers=arguments.n_gpu_layers,
         n_threads=arguments.threads, n_threads_batch=arguments.threads, **cache_types(side), seed=1, verbose=False, offload_kqv=not side.in_host_ram,
+        swa_full=False,  # windowed layers hold their window, as in llama.cpp's own programs; llama-cpp-python would keep every token
         kv_policy=side.policy, kv_pool=side.cells(length) if side.is_pooled else None,
     )  # fmt: skip
 
