@@ -10,10 +10,12 @@ the engine's default, one quarter after the other takes its best layer.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Optional
 
@@ -27,6 +29,7 @@ from .calibration import TEXT_TOKENS, measure, read_tokens, standard_text, write
 from .divergence import kl_divergence, log_softmax
 from .family import loaded_model
 from .models import MODEL_FORMS, resolve_model
+from .stats import read_stats
 
 STEP_TOKENS = 32  # tokens of a step: small, since freezing happens between steps
 LEAST_CELLS = 256  # of the layer under test: the smallest pool
@@ -48,27 +51,42 @@ class Runner:
         """Of the next context."""
         _native.check(_native.lib.asrkf_next_context(_native.parse_config(text)))
 
-    def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int) -> np.ndarray:
-        """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
+    @contextlib.contextmanager
+    def context(self, policy: str) -> Iterator[Any]:
+        """A llama_context pointer, freed behind the with block."""
         self._policy(policy)
         context = llama_cpp.llama_init_from_model(self.llm.model, self.llm.context_params)
         if not context:
             raise RuntimeError(f"no context with {policy}: {_native.last_error() or 'llama.cpp gave no reason'}")
+        try:
+            yield context
+        finally:
+            with quiet():  # what upstream says of its buffers breaks the bar
+                llama_cpp.llama_free(context)
+
+    def served_layers(self) -> list[int]:
+        """The layers that a calibration counts: those with a KV cache that see everything."""
+        with self.context(f"window,pool={LEAST_CELLS},layers=shared") as context:
+            texts = [group.layers for group in read_stats(context).groups if not group.sliding_window]
+        ends = (part.partition("-")[::2] for text in texts for part in text.split("+"))
+        return sorted(layer for first, last in ends for layer in range(int(first), int(last or first) + 1))
+
+    def log_probabilities(self, policy: str, tokens: list[int], skip_tokens: int) -> np.ndarray:
+        """log p of every output after the first skip_tokens: float32 [len(tokens) - skip_tokens, vocabulary]."""
         batch = llama_cpp.llama_batch_init(STEP_TOKENS, 0, 1)
         n_vocab = self.llm.n_vocab()
         rows = np.empty((len(tokens) - skip_tokens, n_vocab), np.float32)
         try:
-            for begin in range(0, len(tokens), STEP_TOKENS):
-                step = tokens[begin : begin + STEP_TOKENS]
-                self._decode(context, batch, step, begin, begin >= skip_tokens)
-                if begin >= skip_tokens:
-                    logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(step), n_vocab))
-                    rows[begin - skip_tokens : begin - skip_tokens + len(step)] = [log_softmax(row) for row in logits]
+            with self.context(policy) as context:
+                for begin in range(0, len(tokens), STEP_TOKENS):
+                    step = tokens[begin : begin + STEP_TOKENS]
+                    self._decode(context, batch, step, begin, begin >= skip_tokens)
+                    if begin >= skip_tokens:
+                        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits(context), shape=(len(step), n_vocab))
+                        rows[begin - skip_tokens : begin - skip_tokens + len(step)] = [log_softmax(row) for row in logits]
             return rows
         finally:
             llama_cpp.llama_batch_free(batch)
-            with quiet():  # what upstream says of its buffers breaks the bar
-                llama_cpp.llama_free(context)
 
     @staticmethod
     def _decode(context: Any, batch: Any, tokens: list[int], begin: int, all_logits: bool) -> None:
@@ -101,43 +119,45 @@ def cut(tokens: list[int], n_tokens: int) -> tuple[list[int], int]:
     return tokens[:n_tokens], n_tokens * 2 // 5 // STEP_TOKENS * STEP_TOKENS
 
 
-def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, cells: int, n_layers: int) -> list[float]:
+def restricted(layer: int, cells: int, layers: list[int], n_tokens: int) -> str:
+    """The policy that restricts one of the layers to so many cells; the others hold all n_tokens."""
+    others = "+".join(str(other) for other in layers if other != layer)
+    return f"asrkf,layers={layer}@{cells}{f'/{others}@{n_tokens}' if others else ''},score_layers={layer},rewalk_tokens=0"
+
+
+def measure_sensitivities(runner: Runner, text: list[int], n_tokens: int, cells: int, layers: list[int]) -> list[float]:
     """Divergence, in nats, with so many of the tokens active in one layer; by layer."""
     tokens, skip = cut(text, n_tokens)
     reference = runner.log_probabilities("full", tokens, skip)
-    measured = []
-    for layer in tqdm(range(n_layers), desc="sensitivities", unit="layer", file=sys.stderr):
-        others = "+".join(f"{a}-{b}" for a, b in ((0, layer - 1), (layer + 1, n_layers - 1)) if a <= b)
-        policy = f"asrkf,layers={layer}@{cells}/{others}@{n_tokens},score_layers={layer},rewalk_tokens=0"
-        measured.append(mean_divergence(reference, runner.log_probabilities(policy, tokens, skip)))
-    return measured
+    policies = (restricted(layer, cells, layers, n_tokens) for layer in tqdm(layers, desc="sensitivities", unit="layer", file=sys.stderr))
+    return [mean_divergence(reference, runner.log_probabilities(policy, tokens, skip)) for policy in policies]
 
 
-def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, Any], n_layers: int) -> tuple[list[int], list[dict[str, Any]]]:
+def choose_scoring_layers(runner: Runner, text: list[int], content: dict[str, Any], layers: list[int]) -> tuple[list[int], list[dict[str, Any]]]:
     """The layers, and every set that was tried with its divergence in nats."""
     tokens, skip = cut(text, SCORER_TOKENS)
-    chosen = _native.default_score_layers(n_layers)
+    chosen = [layers[i] for i in _native.default_score_layers(len(layers))]
     tried: dict[tuple[int, ...], float] = {}
     n = len(chosen)
     # a quarter's layers, and where the search begins, which in a small model may lie beside it
-    candidates = [sorted({*range(i * n_layers // n, (i + 1) * n_layers // n), layer}) for i, layer in enumerate(chosen)]
+    candidates = [sorted({*layers[i * len(layers) // n : (i + 1) * len(layers) // n], layer}) for i, layer in enumerate(chosen)]
     n_sets = sum(map(len, candidates)) - n + 1
     with tempfile.TemporaryDirectory() as folder, tqdm(total=n_sets, desc="scoring layers", unit="set", file=sys.stderr) as bar:
         budgets = Path(folder) / "budgets.json"
         budgets.write_text(json.dumps({**content, "score_layers": chosen}))
         reference = runner.log_probabilities("full", tokens, skip)
 
-        def loss(layers: list[int]) -> float:
-            key = tuple(sorted(set(layers)))
+        def loss(scoring: list[int]) -> float:
+            key = tuple(sorted(set(scoring)))
             if key not in tried:
                 policy = f"asrkf,pool={SCORER_TOKENS * 3 // 8},calibration={budgets},score_layers={'+'.join(map(str, key))},rewalk_tokens=0"
                 tried[key] = mean_divergence(reference, runner.log_probabilities(policy, tokens, skip))
                 bar.update()
             return tried[key]
 
-        for i, layers in enumerate(candidates):
-            chosen = min(([*chosen[:i], layer, *chosen[i + 1 :]] for layer in layers), key=loss)
-    return sorted(set(chosen)), [{"layers": list(layers), "kl": kl} for layers, kl in tried.items()]
+        for i, of_quarter in enumerate(candidates):
+            chosen = min(([*chosen[:i], layer, *chosen[i + 1 :]] for layer in of_quarter), key=loss)
+    return sorted(set(chosen)), [{"layers": list(scoring), "kl": kl} for scoring, kl in tried.items()]
 
 
 def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: Optional[int] = None, n_gpu_layers: int = -1) -> dict[str, Any]:
@@ -148,10 +168,10 @@ def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: O
     runner = Runner(path, n_most, threads, n_gpu_layers)
     tokens = runner.llm.tokenize(text[: 16 * n_most].encode())
     cut(tokens, n_most)  # before the minutes that the first half takes
-    n_layers = int(llama_cpp.llama_model_n_layer(runner.llm.model))
+    layers = runner.served_layers()
     began = time.perf_counter()
     cells = n_tokens // 5 // LEAST_CELLS * LEAST_CELLS
-    measured = measure_sensitivities(runner, tokens, n_tokens, cells, n_layers)
+    measured = measure_sensitivities(runner, tokens, n_tokens, cells, layers)
     content: dict[str, Any] = {
         "format": "asrkf-calibration",
         "version": 2,
@@ -160,7 +180,7 @@ def calibrate_thoroughly(path: Path, text: str, n_tokens: int = 1280, threads: O
         "measured": measured,
         "unit": f"KL in nats with {cells} of {n_tokens} tokens active in one layer",
     }
-    content["score_layers"], content["score_layers_tried"] = choose_scoring_layers(runner, tokens, content, n_layers)
+    content["score_layers"], content["score_layers_tried"] = choose_scoring_layers(runner, tokens, content, layers)
     content["seconds"] = round(time.perf_counter() - began, 1)
     runner.llm.close()
     return content

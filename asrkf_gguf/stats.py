@@ -36,6 +36,8 @@ class GroupStats:
     """Tokens that these layers see: the group keeps them whatever the policy; 0: all."""
     token_bytes: int
     device_kv_bytes: int
+    layers: str
+    """The model's, as `layers=` of a policy names them: "0-4+7"."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def read_stats(context: Any) -> KVStats:
     for index in range(raw.n_groups if raw.policy else 0):
         group = _native.struct("asrkf_group_stats")
         _native.check(_native.lib.asrkf_get_group_stats(pointer, index, group))
-        groups.append(GroupStats(**{name: getattr(group, name) for name in GroupStats.__dataclass_fields__}))
+        plain = {name: getattr(group, name) for name in GroupStats.__dataclass_fields__ if name != "layers"}
+        groups.append(GroupStats(**plain, layers=_native.ffi.string(group.layers).decode()))
     special: dict[str, Any] = {
         "policy": POLICIES[raw.policy],
         "pool_choice": _pool_choice(pointer) if raw.policy else "",

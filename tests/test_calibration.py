@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -14,7 +15,8 @@ from make_models import write_tiny
 from test_architectures import ARCHITECTURES
 from test_windowed import tokens, write_gemma3
 
-from asrkf_gguf import _native, calibration
+from asrkf_gguf import _native, calibrate, calibration
+from asrkf_gguf.bench import sensitivities
 from asrkf_gguf.cli import calibrations, main
 from asrkf_gguf.models import find_side_file
 from asrkf_gguf.opening import opening_line
@@ -244,3 +246,70 @@ def test_the_folder_is_the_engines(load, tiny, monkeypatch):
 )
 def test_the_first_line_says_whether_a_model_is_calibrated(load, tiny, folder, options, said):
     assert re.fullmatch(said, opening_line(load(tiny, **{**OPTIONS, **options})))
+
+
+@pytest.fixture
+def bytes_as_tokens(monkeypatch):
+    """The models made here have no tokenizer, but a vocabulary of 256."""
+    def read(model, text, n_tokens):
+        return list(text.encode()[:n_tokens])
+
+    monkeypatch.setattr(llama_cpp.Llama, "tokenize", lambda self, text, **_: list(text))
+    for module in (calibrate, sensitivities):
+        monkeypatch.setattr(module, "read_tokens", read)
+
+
+@pytest.fixture
+def plain_differences(monkeypatch):
+    """Models with random weights are so sure of the next token that KL divergences round to 0; log-probabilities do differ."""
+    for module in (calibrate, sensitivities):
+        monkeypatch.setattr(module, "mean_divergence", lambda reference, other: float(np.abs(reference - other).mean()))
+
+
+def test_the_reference_measures_the_layers_of_a_windowed_model_that_see_everything(tmp_path, text, bytes_as_tokens, plain_differences):
+    model = Path(write_gemma3(tmp_path / "twelve.gguf", 12))
+    content = calibrate.calibrate_thoroughly(model, text, threads=2, n_gpu_layers=0)
+    assert len(content["sensitivities"]) == 2 and min(content["measured"]) > 1e-4
+    assert content["score_layers"] == [5, 11]
+    assert {layer for entry in content["score_layers_tried"] for layer in entry["layers"]} == {5, 11}
+
+
+def bench_arguments(tmp_path, model, source, **other):
+    arguments = {
+        "model": Path(model), "threads": 2, "n_gpu_layers": 0, "text": [f"own={source}"], "length": 1024, "positions": 256, "cells": None,
+        "out": tmp_path / "rows.csv", "again": False,
+    }  # fmt: skip
+    return argparse.Namespace(**{**arguments, **other})
+
+
+def test_the_bench_measures_each_layer_with_few_cells_and_measures_nothing_twice(tmp_path, text, bytes_as_tokens, plain_differences, monkeypatch):
+    source = tmp_path / "own.txt"
+    source.write_text(text[:5000])
+    model = write_gemma3(tmp_path / "twelve.gguf", 12)
+    arguments = bench_arguments(tmp_path, model, source, cells=[256, 512])
+    rows = sensitivities.Sensitivities(arguments).run()
+    assert [(row["layer"], row["cells"]) for row in rows] == [(5, 256), (11, 256), (5, 512), (11, 512)]
+    losses = {(row["layer"], row["cells"]): float(row["kl_mean"]) for row in rows}
+    assert min(losses.values()) > 1e-4 and losses[5, 256] + losses[11, 256] > losses[5, 512] + losses[11, 512], losses
+    assert float(rows[0]["active_ratio"]) == pytest.approx(256 / (768.5 + 128), rel=0.001)  # of the tokens at the mean position
+    assert float(rows[0]["one_pass"]) > 0 and rows[0]["one_pass"] == rows[2]["one_pass"]
+    with monkeypatch.context() as patch:
+        patch.setattr(sensitivities.Runner, "log_probabilities", lambda *_: pytest.fail("measured twice"))
+        assert [row["run"] for row in sensitivities.Sensitivities(arguments).run()] == [row["run"] for row in rows]
+    for refused, message in (({"cells": [100]}, "multiple of 256"), ({"cells": [1024]}, "fewer than"), ({"positions": 100}, "multiple of 32")):
+        with pytest.raises(ValueError, match=message):
+            sensitivities.Sensitivities(bench_arguments(tmp_path, model, source, **refused))
+
+
+def test_the_summary_of_sensitivities_compares_ranks_and_the_loss_model():
+    """Losses made by the loss model itself, but for the second layer's, which grows twice as fast."""
+    rows = []
+    for cells, ratio in ((128, 0.1), (256, 0.2), (512, 0.5)):
+        growth = (1 / ratio - 1) / 4
+        losses = (1 * growth, 2 * growth**2, 3 * growth)
+        same = {"model": "m", "text": "t", "length": 1, "positions": 1, "cells": cells, "active_ratio": ratio}
+        rows += [{**same, "layer": i, "kl_mean": kl, "one_pass": 9 - i} for i, kl in enumerate(losses)]
+    tenth, fifth, half = sensitivities.summaries(rows)
+    assert fifth["predicted_ratio"] == pytest.approx(1) and fifth["kl_sum"] == pytest.approx(6) and fifth["rank_one_pass"] == pytest.approx(-1)
+    assert tenth["predicted_ratio"] == pytest.approx(6 * 2.25 / (2.25 + 2 * 2.25**2 + 3 * 2.25))
+    assert half["rank_to_fifth"] == pytest.approx(0.5)  # 0.25, 0.125 and 0.75: the first two change places

@@ -238,7 +238,7 @@ def test_the_search_for_scoring_layers_takes_the_best_of_each_quarter(monkeypatc
         return 1.0 + len(layers ^ best)
 
     monkeypatch.setattr(calibrate, "mean_divergence", loss)
-    chosen, tried = calibrate.choose_scoring_layers(Runner(), [0] * calibrate.SCORER_TOKENS, {}, 9)
+    chosen, tried = calibrate.choose_scoring_layers(Runner(), [0] * calibrate.SCORER_TOKENS, {}, list(range(9)))
     assert chosen == sorted(best)
     assert [2, 4, 6, 8] in [entry["layers"] for entry in tried] and min(entry["kl"] for entry in tried) == 1.0
 

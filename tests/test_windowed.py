@@ -66,6 +66,7 @@ def test_the_policy_serves_the_global_layers_and_says_so(load, gemma3):
     globals_, windowed = stats.groups
     assert (globals_.n_layers, globals_.sliding_window) == (1, 0)
     assert (windowed.n_layers, windowed.sliding_window) == (5, N_WINDOW)
+    assert (globals_.layers, windowed.layers) == ("5", "0-4")
     assert globals_.pool_cells == 512 and windowed.pool_cells == 256  # the window, two steps, two blocks; rounded up
     assert stats.pool_cells == 512 and stats.frozen_cells >= 1500 - 512
     assert windowed.active_cells <= windowed.pool_cells and windowed.active_cells + windowed.frozen_cells == 1500

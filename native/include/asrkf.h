@@ -176,6 +176,7 @@ struct asrkf_group_stats {
     uint32_t sliding_window;           /* tokens that these layers see: the group keeps them whatever the policy; 0: all */
     uint64_t token_bytes;              /* K and V of one token in this group's layers */
     uint64_t device_kv_bytes;
+    char     layers[1024];             /* the model's, as asrkf_config's layers names them: "0-4+7" */
 };
 
 /* What an output row says of the next token; logits in nats. A row without any finite logit has entropy 0 and top 0. */

@@ -61,6 +61,17 @@ void figures::add_cut(asrkf_stats & s) const {
     s.kept_ratio = n_layers > 0 ? float(kept / n_layers) : -1;
 }
 
+// "0-4+7", as layers= takes it.
+static std::string ranges_text(std::vector<uint32_t> layers) {
+    std::sort(layers.begin(), layers.end());
+    std::string text;
+    for (size_t begin = 0, end; begin < layers.size(); begin = end) {
+        for (end = begin + 1; end < layers.size() && layers[end] == layers[end - 1] + 1; ++end) {}
+        text += format(end - begin > 1 ? "%s%u-%u" : "%s%u", begin ? "+" : "", layers[begin], layers[end - 1]);
+    }
+    return text;
+}
+
 asrkf_group_stats figures::group_stats(uint32_t index) const {
     const group & g = groups.named(index);
     asrkf_group_stats s = {};
@@ -78,6 +89,7 @@ asrkf_group_stats figures::group_stats(uint32_t index) const {
     s.sliding_window      = g.keeps_window ? config.model.hparams.n_swa : 0;
     s.token_bytes         = g.token_bytes;
     s.device_kv_bytes     = g.cache->device_bytes();
+    std::snprintf(s.layers, sizeof(s.layers), "%s", ranges_text(g.layers).c_str());
     return s;
 }
 
