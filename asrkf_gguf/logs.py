@@ -42,6 +42,8 @@ def _route(ggml_level: int, text: bytes, user_data: int) -> None:
     _begun.level = level
     if level < llama_log.level:
         return
+    if text.startswith(b"asrkf: pool: ") and _bindings_log.level > logging.DEBUG:
+        return  # Llama says it itself; llama_cpp would print it once more, though not verbose
     if not _becomes_record(level):
         _printer(ggml_level, text, user_data)
         return

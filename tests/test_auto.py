@@ -24,6 +24,12 @@ def test_without_a_pool_everything_fits_this_machine_and_the_answer_is_that_of_t
     assert stats.pool_choice == caplog.records[0].getMessage() and "all 2048 cells in f16" in stats.pool_choice
 
 
+def test_without_handlers_the_pool_is_said_once_on_stderr(smollm2):
+    code = f"from asrkf_gguf import Llama; Llama({smollm2!r}, n_ctx=1024, kv_policy='asrkf', kv_pool='33%', verbose=False, n_gpu_layers=0)"
+    assert python(code).stderr.count("pool: ") == 1
+    assert python(code.replace("False", "True")).stderr.count("pool: ") == 1
+
+
 def test_a_device_with_less_room_gets_a_pool_in_q8_0_which_works_and_says_so_once(load, smollm2, text, caplog):
     llm = load(smollm2, n_ctx=8192, kv_policy="asrkf,device_limit=736MiB")
     stats = llm.kv_stats()
