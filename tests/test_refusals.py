@@ -26,7 +26,7 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": "120%"}, "at most 100%"),
         ({"kv_pool": 1.5}, "at most 1.0"),
         ({"kv_policy": "asrkf,window=500", "kv_pool": 512}, "raise kv_pool to at least 768 or lower window"),
-        ({"kv_policy": "asrkf,pinned=0-300", "kv_pool": 512}, "raise kv_pool to at least"),
+        ({"kv_policy": "asrkf,pinned=0-400", "kv_pool": 512}, "raise kv_pool to at least 768"),
         ({"kv_policy": "arskf", "kv_pool": 512}, 'did you mean "asrkf"'),
         ({"kv_policy": "asrkf,sinkz=4", "kv_pool": 512}, 'did you mean "sinks"'),
         ({"kv_pool": 512, "flash_attn": False}, "pass flash_attn=True"),

@@ -147,8 +147,14 @@ def test_a_command_that_cannot_be_done_is_one_line_and_the_chat_goes_on(smollm2,
 
 
 def test_a_pin_that_the_pool_cannot_hold_is_one_line_and_the_chat_goes_on(smollm2):
-    with chat(smollm2, "-n", "4", "--system", "You answer briefly. " * 12) as program:
+    with chat(smollm2, "-n", "4", "--system", "You answer briefly. " * 40) as program:
         assert "use layers=shared with a kv_pool of at least 512" in command(program, "/pin system")
+        assert ask(program, "Hello")[0]
+
+
+def test_a_system_prompt_of_some_length_can_be_pinned_in_a_pool_whose_smallest_layers_have_few_cells(smollm2):
+    with chat(smollm2, "-n", "4", "--system", "You answer briefly. " * 12) as program:
+        assert "stay active" in command(program, "/pin system")
         assert ask(program, "Hello")[0]
 
 

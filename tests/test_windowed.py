@@ -67,16 +67,17 @@ def test_the_policy_serves_the_global_layers_and_says_so(load, gemma3):
     assert (globals_.n_layers, globals_.sliding_window) == (1, 0)
     assert (windowed.n_layers, windowed.sliding_window) == (5, N_WINDOW)
     assert (globals_.layers, windowed.layers) == ("5", "0-4")
-    assert globals_.pool_cells == 512 and windowed.pool_cells == 256  # the window, two steps, two blocks; rounded up
+    assert globals_.pool_cells == 512 and windowed.pool_cells == 256  # the window, a step, two blocks; rounded up
     assert stats.pool_cells == 512 and stats.frozen_cells >= 1500 - 512
     assert windowed.active_cells <= windowed.pool_cells and windowed.active_cells + windowed.frozen_cells == 1500
     newest = [state for position, state in llm.kv_tokens(1) if position >= 1500 - N_WINDOW]
     assert all(state != "frozen" for state in newest)
 
 
-def test_windowed_layers_see_what_upstreams_do(load, gemma3):
+@pytest.mark.parametrize("n_step", [64, 128])  # with 128, a window, a step and two blocks take each of the 256 cells
+def test_windowed_layers_see_what_upstreams_do(load, gemma3, n_step):
     """With a pool for all on the global layer, and a window's on the others, the result is that of upstream's rolling window."""
-    options = {"n_ctx": 1024, "logits_all": True, "n_batch": 64, "n_ubatch": 64}
+    options = {"n_ctx": 1024, "logits_all": True, "n_batch": n_step, "n_ubatch": n_step}
     full = read(load(gemma3, swa_full=False, **options), tokens(700))
     ours = load(gemma3, kv_policy="asrkf,window=256,rewalk_tokens=0", kv_pool=768, **options)
     mine = read(ours, tokens(700))

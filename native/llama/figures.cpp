@@ -78,7 +78,7 @@ asrkf_group_stats figures::group_stats(uint32_t index) const {
     s.struct_size         = sizeof(s);
     s.n_layers            = uint32_t(g.layers.size());
     s.pool_cells          = g.pool_cells;
-    s.window              = g.rules[0].params.window;
+    s.window              = g.rules[0].window();
     s.max_ubatch          = g.rules[0].max_ubatch();
     s.active_cells        = g.cache->n_used();
     s.frozen_cells        = tokens.n_records() - g.cache->n_used(); // each has a slot, and other slots are copies of what is active

@@ -46,18 +46,17 @@ void layer_groups::check_pool(const group & g, uint32_t n_pinned) const {
         return; // it holds whatever there may be
     }
     const policy_params p = make_policy_params(config, cells);
-    const uint64_t required = policy::required_cells(p, config.n_ubatch, n_pinned);
-    if (required <= cells) {
+    const uint64_t least = policy::least_cells(p, config.n_ubatch, n_pinned);
+    if (least <= cells) {
         return;
     }
-    // an automatic window is half of the share, so the rest has to fit into the other half
-    const uint64_t least = config.n_seq_max*(config.window ? required : 2*(required - p.window));
     const uint64_t unit  = config.unified ? POOL_PAD_CELLS : config.n_seq_max*POOL_PAD_CELLS;
     const std::string whose = config.n_seq_max == 1 ? "" : format(", of which each of %u sequences must get %u,", config.n_seq_max, cells);
     // kv_pool is the mean of the groups: raising it may leave the smallest as it is
     const std::string raise = all.size() == 1 ? "raise kv_pool to at least" : format("these are %zu of the layers; use layers=shared with a kv_pool of at least", g.layers.size());
     throw error(ASRKF_POOL_FULL, format("pool of %u cells%s cannot hold sinks %u + window %u + pinned %u + batch %u + two blocks of %u: %s %llu or lower %s",
-            g.pool_cells, whose.c_str(), p.sinks, p.window, n_pinned, std::min(config.n_ubatch, p.block), p.block, raise.c_str(), (unsigned long long) ((least + unit - 1) / unit * unit),
+            g.pool_cells, whose.c_str(), p.sinks, policy::window_beside(p, n_pinned), n_pinned, std::min(config.n_ubatch, p.block), p.block, raise.c_str(),
+            (unsigned long long) ((config.n_seq_max*least + unit - 1) / unit * unit),
             config.n_seq_max > 1 ? "the number of sequences (-np)" : config.window ? "window" : "the pinned ranges"));
 }
 

@@ -142,7 +142,8 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
         }
         return { one };
     }
-    const uint32_t least = least_pool(config);
+    // no layer gets less than an eighth of the mean: what is pinned later must fit into each, and a guessed or measured sensitivity may mislead
+    const uint32_t least = std::max(least_pool(config), mean_cells / 8 / POOL_PAD_CELLS * POOL_PAD_CELLS);
     if (mode == "two") {
         return split_two(layers, mean_cells, least, config.n_ctx);
     }
@@ -179,8 +180,8 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     if (state_kind(config.state) == STATE_UPSTREAM) {
         unsupported("state=upstream: a model with sliding windows keeps two caches there, one of which forgets; use state=own");
     }
-    const uint32_t n_window = config.model.hparams.n_swa + config.n_ubatch; // of a step's first token, too
-    const uint32_t share    = n_window + config.n_ubatch + 2*config.block;
+    const uint32_t n_window = config.model.hparams.n_swa + config.n_ubatch; // ends behind a step, and is that of the step's first token, too
+    const uint32_t share    = n_window + 2*config.block;
     asrkf_config rules = config;
     rules.policy = ASRKF_POLICY_WINDOW;
     rules.score  = SCORE_RECENCY;
@@ -204,8 +205,7 @@ bool has_mean_pool(const settings & config) {
 }
 
 uint32_t least_pool(const settings & config) {
-    // what layer_groups::check_pools() takes, with a window of half a pool
-    const uint32_t least_share = 2*(config.sinks + pinned_at_creation(config) + std::min(config.n_ubatch, config.block) + 2*config.block) + config.window;
+    const uint32_t least_share = uint32_t(policy::least_cells(make_policy_params(config, 1), config.n_ubatch, pinned_at_creation(config)));
     return config.n_seq_max*(config.unified ? least_share : std::max(least_share, POOL_PAD_CELLS));
 }
 

@@ -24,7 +24,7 @@ void requests::check_unprotected(const sequence & s, uint32_t begin, uint32_t en
         for (uint32_t i = begin; i < end && !g.keeps_window; ++i) {
             if (rule.is_protected(i, pos_end)) {
                 throw error(ASRKF_PROTECTED, format("position %d is protected (sinks %u, window from %d on, or pinned): freeze less, unpin it, or lower window",
-                        tokens.records[s.records[i]].pos, rule.params.sinks, pos_end - llama_pos(rule.params.window)));
+                        tokens.records[s.records[i]].pos, rule.params.sinks, pos_end - llama_pos(rule.window())));
             }
         }
     }

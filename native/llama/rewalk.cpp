@@ -84,8 +84,8 @@ std::optional<llama_ubatch> rewalk_of(const std::vector<llama_ubatch> & ubatches
     for (const group & g : groups) {
         const policy & rule = g.rules[s.id];
         least_pool   = g.keeps_window ? least_pool : std::min(least_pool, rule.params.pool_cells);
-        least_window = std::min(least_window, rule.params.window);
-        n = std::min({ n, rule.params.window, rule.max_ubatch(), config.n_ubatch });
+        least_window = std::min(least_window, rule.window());
+        n = std::min({ n, rule.window(), rule.max_ubatch(), config.n_ubatch });
     }
     if (s.n_tokens() + n_new <= least_pool) {
         return std::nullopt;

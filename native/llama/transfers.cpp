@@ -275,7 +275,7 @@ std::vector<uint32_t> transfers::unsealed(const group & g, uint32_t seq, llama_p
     if (!g.is_staged || config.n_ctx <= g.pool_cells) {
         return ids;
     }
-    const llama_pos window_start = pos_end - llama_pos(g.rules[seq].params.window);
+    const llama_pos window_start = pos_end - llama_pos(g.rules[seq].window());
     for (; end + config.block <= s.n_tokens() && tokens.records[s.records[end + config.block - 1]].pos < window_start; end += config.block) {
         std::copy_if(s.records.begin() + end, s.records.begin() + end + config.block, std::back_inserter(ids), [&](uint32_t id) { return g.places[id].slot < 0; });
     }

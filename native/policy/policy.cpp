@@ -45,11 +45,26 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     return p;
 }
 
-uint64_t policy::required_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned) {
-    return uint64_t(params.sinks) + params.window + n_pinned + std::min(n_ubatch, params.block) + 2ull*params.block;
+uint32_t policy::window_beside(const policy_params & params, uint32_t n_pinned) {
+    if (!params.half_window || n_pinned == 0) {
+        return params.window;
+    }
+    const uint64_t others = uint64_t(params.sinks) + n_pinned + 3ull*params.block; // a batch of a block, and two blocks
+    const uint32_t left   = uint32_t(params.pool_cells > others ? params.pool_cells - others : 0);
+    return std::min(params.window, std::max(left, params.block));
 }
 
-uint32_t policy::max_ubatch() const { return std::max(params.block, params.cuts || params.score == SCORE_GATE ? params.pool_cells / 4 : params.window / 2); }
+uint32_t policy::window() const { return window_beside(params, params.heeds_pins ? ranks->pinned().n_in() : 0); }
+
+uint64_t policy::least_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned) {
+    const uint64_t others = uint64_t(params.sinks) + std::min(n_ubatch, params.block) + 2ull*params.block;
+    if (!params.half_window) {
+        return others + params.window + n_pinned;
+    }
+    return std::max(2*others, others + n_pinned + params.block); // of the window's half pinned tokens may take all but a block, nothing else may
+}
+
+uint32_t policy::max_ubatch() const { return std::max(params.block, params.cuts || params.score == SCORE_GATE ? params.pool_cells / 4 : window() / 2); }
 
 void policy::resize(uint32_t pool_cells) {
     if (pool_cells == params.pool_cells) {
@@ -161,7 +176,7 @@ void policy::set_frozen(uint32_t i, bool frozen, bool is_held) {
 
 policy::span policy::history_before(int32_t pos_end) const {
     const uint32_t begin = std::min(params.sinks, n_tokens());
-    return { begin, std::max(begin, ranks->lower_bound(pos_end - int64_t(params.window))), params.heeds_pins && ranks->pinned().n_in() > 0 };
+    return { begin, std::max(begin, ranks->lower_bound(pos_end - int64_t(window()))), params.heeds_pins && ranks->pinned().n_in() > 0 };
 }
 
 bool policy::is_protected(uint32_t i, int32_t pos_end) const {

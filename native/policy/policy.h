@@ -36,7 +36,7 @@ struct policy_params {
     uint32_t   pool_cells    = 0;
     uint32_t   sinks         = 0;
     uint32_t   window        = 0;
-    bool       half_window   = false; // the window is half of the pool, whatever that is
+    bool       half_window   = false; // the window is half of the pool, whatever that is; less beside many pinned tokens
     uint32_t   interval      = 1;
     uint32_t   block         = 32;
     bool       threshold     = false; // the paper's driver
@@ -91,8 +91,12 @@ public:
     // The ranking of its sequence, before anything else; it has each token first, and loses it first.
     void follow(ranking & ranks) { this->ranks = &ranks; }
 
-    // Cells that must fit beside each other in the smallest legal pool: sinks + window + pinned + one batch + two blocks.
-    static uint64_t required_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned);
+    // The window beside so many pinned tokens: what was asked for; or half of the pool, where pinned tokens find no room in the
+    // other half what they leave, a block at least.
+    static uint32_t window_beside(const policy_params & params, uint32_t n_pinned);
+    uint32_t window() const;
+    // The smallest legal pool: sinks, window, pinned tokens, one batch and two blocks fit beside each other.
+    static uint64_t least_cells(const policy_params & params, uint32_t n_ubatch, uint32_t n_pinned);
 
     // Longest step to let through: half a window, so that every new token sees at least half a window of its past; with cuts
     // and gates, whose window may be small, what that would be if the window were half of the pool.

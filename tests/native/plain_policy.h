@@ -227,7 +227,11 @@ inline void plain_policy::observe(uint32_t index, float score, float peak, float
 
 inline bool plain_policy::is_protected(uint32_t index, int32_t pos_end) const {
     const token & t = tokens[index];
-    return index < params.sinks || t.pinned || t.pos >= pos_end - int64_t(params.window);
+    int64_t window = params.window, n_pinned = std::count_if(tokens.begin(), tokens.end(), [](const token & one) { return one.pinned; });
+    if (params.half_window && n_pinned > 0) { // pinned tokens take of it, down to a block, what the rest of the pool lacks
+        window = std::min(window, std::max<int64_t>(params.block, int64_t(params.pool_cells) - params.sinks - n_pinned - 3*int64_t(params.block)));
+    }
+    return index < params.sinks || t.pinned || t.pos >= pos_end - window;
 }
 
 inline float plain_policy::rank(uint32_t index) const {

@@ -571,7 +571,7 @@ TEST(refusals, "a context that cannot be served is refused with the reason") {
     refused("asrkf,device_limit=1MiB", {}, "the smallest pool, 256 of 2048 cells in f16, does not fit");
     refused("asrkf,pool=4096", {}, "larger than n_ctx 2048");
     refused("asrkf,pool=256,window=200", {}, "raise kv_pool to at least 512 or lower window");
-    refused("asrkf,pool=512,pinned=0-400", {}, "raise kv_pool to at least 1024");
+    refused("asrkf,pool=512,pinned=0-400", {}, "raise kv_pool to at least 768");
     refused("asrkf,layers=0@512", {}, "layer 1 is in no group");
     refused("asrkf,layers=0-1@512/1@512", {}, "layer 1 is in two groups");
     refused("asrkf,layers=0-2@512", {}, "layer 2 has no KV cache");

@@ -314,8 +314,53 @@ TEST(never_fits, "protected tokens that leave no room are refused and nothing ch
 TEST(required, "the smallest pool holds sinks, window, pinned, one batch and two blocks") {
     policy_params p = small(512, 4, 256, 8);
     p.block = 32;
-    CHECK(policy::required_cells(p, 512, 100) == 4 + 256 + 100 + 32 + 64);
-    CHECK(policy::required_cells(p, 8, 0) == 4 + 256 + 8 + 64);
+    CHECK(policy::least_cells(p, 512, 100) == 4 + 256 + 100 + 32 + 64);
+    CHECK(policy::least_cells(p, 8, 0) == 4 + 256 + 8 + 64);
+    p.half_window = true;
+    CHECK(policy::least_cells(p, 512, 0) == 2*(4 + 32 + 64));
+    CHECK(policy::least_cells(p, 512, 60) == 2*(4 + 32 + 64)); // of the window's half
+    CHECK(policy::least_cells(p, 512, 100) == 4 + 32 + 64 + 100 + 32);
+}
+
+TEST(pins_and_window, "pinned tokens take of an automatic window what the rest of the pool lacks, down to a block; unpinned, it is whole again") {
+    policy_params p = make_policy_params(config_parse("window,pool=256"), 256);
+    one_group rule(p);
+    for (int32_t i = 0; i < 250; ++i) {
+        rule.append(i);
+    }
+    const auto pin = [&](uint32_t begin, uint32_t end, bool pinned) {
+        for (uint32_t i = begin; i < end; ++i) {
+            rule.set_pinned(i, pinned);
+        }
+        rule.recheck();
+    };
+    const auto active = [&](uint32_t begin, uint32_t end) {
+        uint32_t n = 0;
+        for (uint32_t i = begin; i < end; ++i) {
+            n += !rule.is_frozen(i);
+        }
+        return n;
+    };
+    CHECK(rule.window() == 128);
+    pin(4, 24, true);
+    CHECK(rule.window() == 128);
+    pin(24, 84, true);
+    CHECK(rule.window() == 256 - 4 - 80 - 3*32 && rule.max_ubatch() == 38);
+    pin(84, 120, true);
+    CHECK(rule.window() == 40 && rule.max_ubatch() == 32);
+    pin(120, 128, true);
+    CHECK(rule.window() == 32); // 124 pinned tokens are the most that least_cells() lets through
+    CHECK(policy::least_cells(p, 512, 124) == 256);
+    rule.commit(rule.decide(32, 250));
+    CHECK(rule.n_active() <= 256 - 32 && active(0, 128) == 128 && active(250, 250) == 0);
+    for (int32_t i = 250; i < 282; ++i) {
+        rule.append(i);
+    }
+    CHECK(active(250, 282) == 32);
+    pin(4, 128, false);
+    CHECK(rule.window() == 128);
+    rule.commit(rule.decide(1, 282));
+    CHECK(active(282 - 127, 282) == 127); // what the window covers again has come back
 }
 
 TEST(held, "a token frozen by request comes back by request only") {
