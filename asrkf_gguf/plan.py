@@ -26,6 +26,7 @@ from .llama import with_calibration
 from .models import resolve_model
 from .stats import human, read_device_memory, read_stats
 
+STAGED_TOKENS = 64  # that the staging buffer holds of each layer (STAGING_ROWS of native/store/row_mover.cpp)
 KINDS = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
 
 
@@ -40,6 +41,8 @@ class Side:
     kv_bytes: int = 0
     index_bytes: int = 0
     compute_bytes: int = 0
+    staging_bytes: int = 0
+    """For rows on their way between the device and RAM."""
     missing_bytes: int = 0
     """So much too large for the device; 0: it fits."""
     host_bytes: int = 0
@@ -48,7 +51,7 @@ class Side:
 
     @property
     def cache_bytes(self) -> int:
-        return self.kv_bytes + self.index_bytes + self.compute_bytes
+        return self.kv_bytes + self.index_bytes + self.compute_bytes + self.staging_bytes
 
 
 @dataclass(frozen=True)
@@ -195,9 +198,11 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
             if is_elsewhere and kind != "f16":  # flash attention on a GPU copies a layer's K and V to F16 when it reads a prompt
                 layer_bytes = f16_bytes // llama_cpp.llama_model_n_layer(model)
                 compute = max(compute, stats.pool_cells * (layer_bytes // n_ctx + 2 * n_ubatch))
-            needed = weights + margin + cache + compute
+            is_staged = stats.pool_cells < n_ctx and (card is not None or is_elsewhere or ",moves=staged" in policy)
+            staging = STAGED_TOKENS * sum(group.token_bytes for group in stats.groups) if is_staged else 0
+            needed = weights + margin + cache + compute + staging
             frozen = kv * n_ctx // stats.pool_cells if stats.pool_cells < n_ctx else 0
-            return Side(label, kind, stats.pool_cells, kv, stats.device_index_bytes, compute, max(0, needed - device_bytes), frozen)
+            return Side(label, kind, stats.pool_cells, kv, stats.device_index_bytes, compute, staging, max(0, needed - device_bytes), frozen)
 
         with _context(model, "full", "f16", n_ctx, n_ubatch) as context:
             there = [row for row in read_device_memory(context) if card is None or not row.is_host]
@@ -222,16 +227,16 @@ def to_text(made: Plan) -> str:
     rows: list[list[Any]] = []
     for side in made.sides:
         if side.refused:
-            rows.append([side.name, *[""] * 7, "no (below)"])
+            rows.append([side.name, *[""] * 8, "no (below)"])
             continue
         fits = "yes" if not side.missing_bytes else f"no, {human(side.missing_bytes)} too large"
         rows.append([side.name, side.kind, side.cells, human(side.kv_bytes), human(side.index_bytes), human(side.compute_bytes),
-                     human(made.weights_bytes + side.cache_bytes), human(side.host_bytes), fits])  # fmt: skip
+                     human(side.staging_bytes), human(made.weights_bytes + side.cache_bytes), human(side.host_bytes), fits])  # fmt: skip
     about = "compute (estimate)" if made.is_estimate else "compute"
     lines = [
         f"{made.model}: {made.n_ctx} tokens; {made.device}: {human(made.device_bytes)} free, of which {human(made.margin_bytes)} stay free",
         f"weights: {human(made.weights_bytes)} there, {human(made.host_weights_bytes)} beside it in RAM; RAM available here: {human(made.ram_bytes)}",
-        tabulate(rows, ["cache", "type", "cells", "K and V", "index", about, "with weights", "RAM for frozen", "fits"]),
+        tabulate(rows, ["cache", "type", "cells", "K and V", "index", about, "staging", "with weights", "RAM for frozen", "fits"]),
         *(f"{side.name}: {side.refused}" for side in made.sides if side.refused),
         *(f"upstream {other.kind} with {other.n_gpu_layers} of {other.n_layers} layers there: about {human(other.host_weights_bytes)} of weights and "
           f"{human(other.host_kv_bytes)} of K and V stay in RAM, where the CPU reads them for each token" for other in made.partials),

@@ -9,7 +9,7 @@ import gguf
 import llama_cpp
 import pytest
 from conftest import python
-from make_models import write_llama, write_llama3_shape, write_tiny
+from make_models import split, write_llama, write_llama3_shape, write_tiny
 from test_windowed import write_gemma3
 
 from asrkf_gguf import Plan, __version__, plan
@@ -55,6 +55,36 @@ def test_what_is_predicted_is_what_is_allocated(load, shape, policy):
         assert side.cache_bytes == pytest.approx(stats.device_kv_bytes + stats.device_index_bytes + stats.device_compute_bytes, rel=0.02), side
         assert side.cells == stats.pool_cells
         assert not stats.type_k or side.kind == stats.type_k
+
+
+@pytest.mark.parametrize("shape", SHAPES, indirect=True)
+def test_staging_is_planned_where_rows_are_staged(load, shape):
+    """The buffer's parts are padded to 256 bytes each, which the plan leaves out."""
+    policy = "asrkf,pool=1024,moves=staged"
+    side, stats = plan(shape, 4096, kv_policy=policy).sides[-1], load(shape, n_ctx=4096, kv_policy=policy).kv_stats()
+    n_tensors = 2 * sum(group.n_layers for group in stats.groups)
+    assert 0 <= stats.device_staging_bytes - side.staging_bytes <= 2 * 256 * (n_tensors + len(stats.groups)) + 256
+    assert side.staging_bytes == 64 * sum(group.token_bytes for group in stats.groups)
+    assert plan(shape, 4096, kv_policy="asrkf,pool=1024").sides[-1].staging_bytes == 0
+
+
+def test_on_a_card_that_is_not_here_staging_counts(smollm2):
+    card = plan(smollm2, 8192, vram="770MiB")
+    assert [side.staging_bytes for side in card.sides[:3]] == [0, 0, 0]
+    side = card.sides[-1]
+    assert side.cells < 8192 and side.staging_bytes == 64 * 30 * 2 * 192 * 34 // 32  # rows of 192 values in Q8_0
+    assert card.weights_bytes + card.margin_bytes + side.cache_bytes <= card.device_bytes and side.missing_bytes == 0
+
+
+def test_a_split_model_is_planned_as_the_whole_is(tiny, tmp_path):
+    whole = tmp_path / "model.gguf"
+    whole.write_bytes(Path(tiny).read_bytes())
+    one = plan(str(whole), 4096, vram="600MiB")
+    parts = split(whole, 3)
+    assert len(parts) == 3
+    several = plan(str(parts[0]), 4096, vram="600MiB")
+    assert (several.weights_bytes, several.host_weights_bytes, several.sides) == (one.weights_bytes, one.host_weights_bytes, one.sides)
+    assert one.weights_bytes > 0
 
 
 def test_on_a_device_of_that_size_auto_takes_what_the_plan_says(load, smollm2):

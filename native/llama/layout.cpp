@@ -248,8 +248,11 @@ ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & conf
                 config.unified, config.unified ? g.pool_cells : groups.floor_cells(g), config.n_seq_max, /*n_pad*/ 1, g.keeps_window ? hparams.n_swa : 0,
                 g.keeps_window ? hparams.swa_type : LLAMA_SWA_TYPE_NONE, nullptr, filter, nullptr, nullptr, tag.c_str());
         tensors.push_back(g.cache->row_tensors());
+        for (const ggml_tensor * tensor : tensors.back()) {
+            g.token_bytes += ggml_row_size(tensor->type, tensor->ne[0]);
+        }
         LLAMA_LOG_INFO("asrkf: policy %s, group %zu: %zu layers, pool of %u cells for n_ctx %u, %u sequences, window %u, steps of at most %u tokens\n",
-                g.keeps_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, config.n_ctx, config.n_seq_max, g.rules[0].params.window,
+                g.keeps_window ? "of sliding windows" : policy_name(config.policy), ig, g.layers.size(), g.pool_cells, config.n_ctx, config.n_seq_max, g.rules[0].window(),
                 g.rules[0].max_ubatch());
     }
     ggml_backend_buffer_type_t buft = ggml_backend_cpu_buffer_type();
@@ -259,7 +262,6 @@ ggml_backend_buffer_type_t allocate(layer_groups & groups, const settings & conf
     groups.mover = std::make_unique<row_mover>(tensors, moves_kind(config.moves), budget);
     for (size_t ig = 0; ig < groups.size(); ++ig) {
         group & g = groups[ig];
-        g.token_bytes = groups.mover->token_bytes(ig);
         g.is_staged   = groups.mover->is_staged(ig);
         ggml_backend_dev_t dev = g.is_staged ? config.model.dev_layer(int(g.layers[0])) : nullptr;
         ggml_backend_buffer_type_t pinned = dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr;

@@ -7,6 +7,7 @@
 #include "llama/prompt_cut.h"
 #include "llama/scores.h"
 #include "scoring/relevance.h"
+#include "store/row_mover.h"
 
 #include "llama-context.h"
 #include "llama-impl.h"
@@ -221,14 +222,17 @@ uint64_t chooser::shortage(const llama_memory_params & types, uint32_t cells) co
     for (const auto & [dev, bytes] : needed) {
         cache += bytes.cache_bytes();
     }
+    const bytes_by_device whole = bytes_at(types, asked.n_ctx);
     for (const room & r : there.all) {
         const bytes_on_device & b = needed.at(r.dev);
-        most = std::max(most, missing(r.weights_bytes + r.margin_bytes + b.cache_bytes() + b.compute_bytes, r.total_bytes));
+        const bool is_staged = cells < asked.n_ctx && (!is_cpu(r.dev) || pretends(asked) || moves_kind(asked.moves) == MOVES_STAGED);
+        const uint64_t staging = is_staged ? STAGING_ROWS*whole.at(r.dev).kv_bytes/asked.n_ctx : 0;
+        most = std::max(most, missing(r.weights_bytes + r.margin_bytes + b.cache_bytes() + b.compute_bytes + staging, r.total_bytes));
     }
     if (there.ram && cells < asked.n_ctx) { // every token's rows are in RAM, in the pool or frozen
         const bytes_on_device & b = needed.at(there.ram->dev);
         uint64_t all = 0;
-        for (const auto & [dev, bytes] : bytes_at(types, asked.n_ctx)) {
+        for (const auto & [dev, bytes] : whole) {
             all += bytes.kv_bytes;
         }
         most = std::max(most, missing(there.ram->weights_bytes + there.ram->margin_bytes + all + b.index_bytes + b.compute_bytes, there.ram->total_bytes));

@@ -38,9 +38,14 @@ std::vector<group_budget> split_two (const std::vector<layer_budget> & layers, u
 // unless it wants less; what is left when all have what they want is shared out evenly.
 std::vector<uint32_t> fair_shares(uint32_t pool_cells, const std::vector<uint32_t> & demands);
 
-// Who scores where that was not measured, and where a calibration begins to search: of n_layers layers (at least one) four,
-// by relative depth. Measured on SmolLM2, where three sets of four that were spaced otherwise lost up to twice as much.
+// Of n_layers layers (at least one) n, or fewer, one in each part of the depth and rather late in it. Measured on SmolLM2, where
+// three sets of four that were spaced otherwise lost up to twice as much.
+std::vector<uint32_t> spread_by_depth(uint32_t n_layers, uint32_t n);
+
+// Who scores where that was not measured: four, or in a model with few layers one in four, since each has an index of all
+// tokens, whose bytes the pool's cells lack.
 std::vector<uint32_t> default_scoring_layers(uint32_t n_layers);
+constexpr uint32_t MOST_SCORING_LAYERS = 4;
 
 // Sensitivity by relative depth (0: first layer, 1: last) for a model without a calibration: a rough shape of what was
 // measured on SmolLM2, where layers at 0.2 to 0.8 of the depth lose most.

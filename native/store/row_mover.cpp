@@ -10,7 +10,6 @@
 
 namespace asrkf {
 
-constexpr size_t STAGING_ROWS  = 64;  // of each group
 constexpr size_t STAGING_ALIGN = 256; // of each tensor's part of the staging buffer
 
 thread_local uint32_t fail_move_in = 0;

@@ -31,6 +31,8 @@ struct host_budget;
 // For tests: the n-th move of this thread from now on fails halfway; 0: none.
 extern thread_local uint32_t fail_move_in;
 
+constexpr size_t STAGING_ROWS = 64; // of each group, that a device's staging buffer holds
+
 class row_mover {
 public:
     struct row {

@@ -99,10 +99,13 @@ TEST(too_small, "a pool too small to be split is the same for all layers") {
     CHECK(groups.size() == 1 && groups[0].pool_cells == 256 && groups[0].layers.size() == 2);
 }
 
-TEST(scorers, "four layers by depth score where that was not measured, fewer in a model that has fewer") {
+TEST(scorers, "four layers by depth score where that was not measured, one in four in a model with few layers") {
     CHECK((default_scoring_layers(30) == std::vector<uint32_t> { 6, 13, 20, 28 }));
-    CHECK((default_scoring_layers(2) == std::vector<uint32_t> { 0, 1 }));
+    CHECK((default_scoring_layers(16).size() == 4 && default_scoring_layers(15).size() == 3));
+    CHECK((default_scoring_layers(8) == std::vector<uint32_t> { 3, 6 }));
+    CHECK((default_scoring_layers(3) == std::vector<uint32_t> { 2 }));
     CHECK((default_scoring_layers(1) == std::vector<uint32_t> { 0 }));
+    CHECK((spread_by_depth(2, 4) == std::vector<uint32_t> { 0, 1 }));
 }
 
 TEST(side_file, "a side file is read, and anything else is refused with its path") {
@@ -172,13 +175,16 @@ TEST(kept, "of a history stay the sinks, a window of half of what is kept, and t
     CHECK(lost[0] < 0.05 && lost[1] > 0.7); // the other layer looks elsewhere
 }
 
-TEST(best_scorers, "a quarter of the depth is scored by the layer whose ranking serves the sensitive layers best") {
+TEST(best_scorers, "as few layers score as serve the sensitive layers, each being the best of its part of the depth") {
     std::vector<chunk_attention> layers(8, attention_on(60, 3));
     layers[0] = layers[6] = attention_on(60, 7);
-    std::vector<double> losses(8, 1e-4);
+    std::vector<double> losses(8, 0);
     losses[6] = 1;
     const std::vector<uint32_t> chosen = best_scoring_layers(layers, losses, 32, 8);
-    CHECK(chosen.size() == 4 && chosen[0] == 0 && chosen[3] == 6);
+    CHECK(chosen.size() == 1 && chosen[0] % 6 == 0); // 0 and 6 look at the same tokens
+    losses[2] = 1;
+    const std::vector<uint32_t> both = best_scoring_layers(layers, losses, 32, 8);
+    CHECK(both.size() == 2 && std::count_if(both.begin(), both.end(), [](uint32_t i) { return i % 6 == 0; }) == 1);
     CHECK((best_scoring_layers({ layers[0] }, { 1 }, 32, 8) == std::vector<uint32_t>{ 0 }));
 }
 
