@@ -58,7 +58,7 @@ def test_on_a_real_model_the_pass_ranks_the_layers_as_the_measured_divergences_d
     ranks = [np.argsort(np.argsort(values)) for values in (found, reference)]
     assert np.corrcoef(ranks)[0, 1] > 0.85
     assert len(set(np.argsort(found)[-9:]) & set(np.argsort(reference)[-9:])) >= 7
-    assert [layer * 4 // 30 for layer in scoring] == [0, 1, 2, 3]
+    assert len(scoring) == 4 and all(part * 30 // 4 <= layer < (part + 1) * 30 // 4 for part, layer in enumerate(scoring))
 
 
 @pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name != "command-r"])
@@ -66,7 +66,7 @@ def test_the_pass_finds_its_way_through_the_graph_of(load, tmp_path, arch):
     write_tiny(tmp_path / "model.gguf", arch=arch, **ARCHITECTURES[arch])
     sensitivities, scoring = _native.calibrate(load(str(tmp_path / "model.gguf"), kv_policy="full", n_ctx=256).model, tokens(512), 1)
     assert len(sensitivities) == 2 and all(1e-8 < value < 10 for value in sensitivities), sensitivities
-    assert scoring == [0, 1]
+    assert scoring in ([0], [1])
 
 
 def test_a_graph_that_uses_a_layers_input_before_its_attention_is_refused(load, tmp_path):
@@ -92,7 +92,7 @@ def test_the_first_time_a_model_is_opened_it_is_calibrated_and_then_its_file_is_
     assert f"calibrating this model, once: {file}" in capfd.readouterr().err
     assert llm.kv_config().calibration == str(file) == str(_native.calibration_file(llm.model))
     made = json.loads(file.read_text())
-    assert made["model"] == _native.fingerprint(llm.model) and len(made["sensitivities"]) == 2 and made["score_layers"] == [0, 1]
+    assert made["model"] == _native.fingerprint(llm.model) and len(made["sensitivities"]) == 2 and made["score_layers"] in ([0], [1])
     assert load(tiny, **OPTIONS).kv_config().calibration == str(file)
     assert load(tiny, **{**OPTIONS, "calibrate": False}).kv_config().calibration == str(file)  # it only makes none
     assert "calibrating" not in capfd.readouterr().err
@@ -270,7 +270,7 @@ def test_the_reference_measures_the_layers_of_a_windowed_model_that_see_everythi
     model = Path(write_gemma3(tmp_path / "twelve.gguf", 12))
     content = calibrate.calibrate_thoroughly(model, text, threads=2, n_gpu_layers=0)
     assert len(content["sensitivities"]) == 2 and min(content["measured"]) > 1e-4
-    assert content["score_layers"] == [5, 11]
+    assert content["score_layers"] in ([5], [11])
     assert {layer for entry in content["score_layers_tried"] for layer in entry["layers"]} == {5, 11}
 
 

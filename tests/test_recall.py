@@ -213,7 +213,7 @@ def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, sm
     (path,) = (tmp_path / "calibrations").iterdir()
     content = json.loads(path.read_text())
     assert len(content["sensitivities"]) == 2 and all(value > 0 for value in content["sensitivities"])
-    assert content["score_layers"] == [0, 1] and ("score_layers_tried" in content) == thorough
+    assert content["score_layers"] in ([0], [1]) and ("score_layers_tried" in content) == thorough
     assert load(str(model), kv_policy="asrkf", kv_pool=1024).kv_config().calibration == str(path)
     with pytest.raises(ValueError, match="made for another model"):
         load(smollm2, kv_policy=f"asrkf,calibration={path}", kv_pool=512)
@@ -227,7 +227,7 @@ def test_calibrate_measures_a_model_and_its_file_serves_that_model_only(load, sm
 
 
 def test_the_search_for_scoring_layers_takes_the_best_of_each_quarter(monkeypatch):
-    best = {1, 3, 5, 7}  # of nine layers; it begins with 2, 4, 6, 8, of which two lie beside their quarters
+    best = {1, 6, 11, 15}  # of nineteen layers; it begins with 4, 8, 13, 17, of which the first lies beside its quarter
 
     class Runner:
         def log_probabilities(self, policy, tokens, skip):
@@ -238,9 +238,9 @@ def test_the_search_for_scoring_layers_takes_the_best_of_each_quarter(monkeypatc
         return 1.0 + len(layers ^ best)
 
     monkeypatch.setattr(calibrate, "mean_divergence", loss)
-    chosen, tried = calibrate.choose_scoring_layers(Runner(), [0] * calibrate.SCORER_TOKENS, {}, list(range(9)))
+    chosen, tried = calibrate.choose_scoring_layers(Runner(), [0] * calibrate.SCORER_TOKENS, {}, list(range(19)))
     assert chosen == sorted(best)
-    assert [2, 4, 6, 8] in [entry["layers"] for entry in tried] and min(entry["kl"] for entry in tried) == 1.0
+    assert [4, 8, 13, 17] in [entry["layers"] for entry in tried] and min(entry["kl"] for entry in tried) == 1.0
 
 
 def test_a_short_calibration_text_is_refused(tiny, bytes_as_tokens):

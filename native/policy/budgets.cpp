@@ -90,18 +90,14 @@ std::vector<group_budget> split_two(const std::vector<layer_budget> & layers, ui
     return best.groups;
 }
 
-std::vector<uint32_t> spread_by_depth(uint32_t n_layers, uint32_t n) {
+std::vector<uint32_t> default_scoring_layers(uint32_t n_layers) {
+    const uint32_t n_parts = std::clamp(n_layers / 4, 1u, 4u);
     std::vector<uint32_t> chosen;
-    for (uint32_t part = 0; part < n; ++part) {
-        const uint32_t i = uint32_t((part + 0.8)/n*double(n_layers - 1) + 0.5); // of four: 0.2, 0.45, 0.7 and 0.95 of the depth
-        if (chosen.empty() || chosen.back() != i) {
-            chosen.push_back(i);
-        }
+    for (uint32_t part = 0; part < n_parts; ++part) { // of four: 0.2, 0.45, 0.7 and 0.95 of the depth
+        chosen.push_back(uint32_t((part + 0.8)/n_parts*double(n_layers - 1) + 0.5));
     }
     return chosen;
 }
-
-std::vector<uint32_t> default_scoring_layers(uint32_t n_layers) { return spread_by_depth(n_layers, std::clamp(n_layers / 4, 1u, MOST_SCORING_LAYERS)); }
 
 double prior_sensitivity(double depth_ratio) { return depth_ratio > 0.2 && depth_ratio < 0.8 ? 2.0 : 1.0; }
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr uint32_t SINKS = 4;
 constexpr float    SCORER_KEEP_RATIO = 0.33f; // a pool of usual size: at a fifth the sets' order is a little further from the measured one
-constexpr float    INDEX_RATIO = 4.5f/32;    // a row of K in Q4_0 (4.5 bits each), of K and V in F16
 
 } // namespace
 
@@ -75,32 +74,24 @@ std::vector<uint32_t> best_scoring_layers(const std::vector<chunk_attention> & l
         if (const auto found = known.find(set); found != known.end()) {
             return found->second;
         }
-        const float keep_ratio = SCORER_KEEP_RATIO - INDEX_RATIO*float(set.size())/float(n_layers);
-        const std::vector<double> lost = lost_attention(layers, set, first_chunk, chunk_tokens, keep_ratio);
+        const std::vector<double> lost = lost_attention(layers, set, first_chunk, chunk_tokens, SCORER_KEEP_RATIO);
         double sum = 0;
         for (uint32_t i = 0; i < n_layers; ++i) {
             sum += losses[i]*(lost[i] / own_lost[i])*(lost[i] / own_lost[i]);
         }
         return known[set] = sum;
     };
-    const auto best_of_as_many = [&](std::vector<uint32_t> chosen) {
-        const uint32_t n_parts = uint32_t(chosen.size());
-        for (uint32_t turn = 0; turn < 2*n_parts; ++turn) { // twice, since the best of a part depends on the others
-            const uint32_t part = turn % n_parts;
-            std::vector<uint32_t> best = chosen;
-            for (uint32_t il = part*n_layers / n_parts; il < (part + 1)*n_layers / n_parts; ++il) {
-                std::vector<uint32_t> other = chosen;
-                other[part] = il;
-                best = loss(other) < loss(best) ? other : best;
-            }
-            chosen = best;
+    std::vector<uint32_t> chosen = default_scoring_layers(n_layers);
+    const uint32_t n_parts = uint32_t(chosen.size());
+    for (uint32_t turn = 0; turn < 2*n_parts; ++turn) { // twice, since the best of a part depends on the others
+        const uint32_t part = turn % n_parts;
+        std::vector<uint32_t> best = chosen;
+        for (uint32_t il = part*n_layers / n_parts; il < (part + 1)*n_layers / n_parts; ++il) {
+            std::vector<uint32_t> other = chosen;
+            other[part] = il;
+            best = loss(other) < loss(best) ? other : best;
         }
-        return chosen;
-    };
-    std::vector<uint32_t> chosen = best_of_as_many(spread_by_depth(n_layers, 1));
-    for (uint32_t n = 2; n <= std::min(n_layers, MOST_SCORING_LAYERS); ++n) {
-        const std::vector<uint32_t> more = best_of_as_many(spread_by_depth(n_layers, n));
-        chosen = loss(more) < loss(chosen) ? more : chosen;
+        chosen = best;
     }
     std::sort(chosen.begin(), chosen.end());
     chosen.erase(std::unique(chosen.begin(), chosen.end()), chosen.end());

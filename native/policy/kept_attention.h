@@ -19,10 +19,9 @@ std::vector<float> kept_tokens(const std::vector<const chunk_attention *> & laye
 // chunks from first_chunk on.
 std::vector<double> lost_attention(const std::vector<chunk_attention> & layers, const std::vector<uint32_t> & scoring, size_t first_chunk, uint32_t chunk_tokens, float keep_ratio);
 
-// Which layers should score, ascending indices. For each number of them, beginning with spread_by_depth(), one part of the depth
-// after the other takes the layer with which the predicted loss is least; then the best number is taken. A layer's loss is taken
-// to grow with the square of the attention that is lost, and to be the measured one where the layer's own ranking chooses. Each
-// scoring layer costs the bytes of its index, so with more of them fewer tokens are kept.
+// Which layers should score, ascending indices: beginning with default_scoring_layers(), one part of the depth after the other
+// takes the layer with which the predicted loss is least. A layer's loss is taken to grow with the square of the attention
+// that is lost, and to be the measured one where the layer's own ranking chooses.
 std::vector<uint32_t> best_scoring_layers(const std::vector<chunk_attention> & layers, const std::vector<double> & losses, size_t first_chunk, uint32_t chunk_tokens);
 
 } // namespace asrkf

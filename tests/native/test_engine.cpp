@@ -870,9 +870,9 @@ static void compare_streams(const std::string & policy, size_t n_ties) {
 }
 
 TEST(streams, "a stream decides as a context of its own does, whatever its neighbours do") {
-    compare_streams("asrkf", 4);
-    compare_streams("asrkf,score=magnitude", 20); // magnitudes lie close together
-    compare_streams("paper,tau=0.5", 40);
+    compare_streams("asrkf,score_layers=0-1", 4);
+    compare_streams("asrkf,score=magnitude,score_layers=0-1", 20); // magnitudes lie close together
+    compare_streams("paper,tau=0.5,score_layers=0-1", 40);
 }
 
 TEST(fair_share, "four sequences longer than the pool together: none is starved, the bound holds, and no row changes") {
