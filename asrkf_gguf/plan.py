@@ -198,8 +198,8 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
             if is_elsewhere and kind != "f16":  # flash attention on a GPU copies a layer's K and V to F16 when it reads a prompt
                 layer_bytes = f16_bytes // llama_cpp.llama_model_n_layer(model)
                 compute = max(compute, stats.pool_cells * (layer_bytes // n_ctx + 2 * n_ubatch))
-            is_staged = stats.pool_cells < n_ctx and (card is not None or is_elsewhere or ",moves=staged" in policy)
-            staging = STAGED_TOKENS * sum(group.token_bytes for group in stats.groups) if is_staged else 0
+            is_staged = card is not None or is_elsewhere or ",moves=staged" in policy
+            staging = STAGED_TOKENS * sum(group.token_bytes for group in stats.groups) if is_staged else 0  # upstream's cache has no groups
             needed = weights + margin + cache + compute + staging
             frozen = kv * n_ctx // stats.pool_cells if stats.pool_cells < n_ctx else 0
             return Side(label, kind, stats.pool_cells, kv, stats.device_index_bytes, compute, staging, max(0, needed - device_bytes), frozen)

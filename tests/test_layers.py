@@ -63,7 +63,7 @@ PYTHON = {
     "bench.quality": {"bench.measure", "bench.records", "bench.sides", "llama", "models", "stats", "texts"},
     "bench.needles": {"bench.measure", "bench.records", "bench.sides", "llama", "stats", "tasks", "texts"},
     "bench.looks": {"bench.measure", "bench.records", "bench.sides", "divergence", "llama", "models", "texts"},
-    "bench.sensitivities": {"bench.records", "calibrate", "calibration", "texts"},
+    "bench.sensitivities": {"bench.records", "bench.tables", "calibrate", "calibration", "texts"},
     "bench.process": set(),  # upstream's side must not load our library
     "bench.speed": {"bench.records", "bench.sides", "stats", "texts"},
     "bench.tables": {"bench.records", "stats"},

@@ -77,6 +77,38 @@ def test_direct_moves_are_refused_where_the_pool_is_not_host_memory(smollm2):
     assert result.returncode == 1 and "use moves=auto" in result.stderr
 
 
+AUTO = """
+import dataclasses, json, sys
+import asrkf_gguf, conftest
+from asrkf_gguf.stats import read_device_memory
+from texts import topics_text
+conftest.register_rpc_device()
+for policy in sys.argv[2:]:
+    llm = asrkf_gguf.Llama(sys.argv[1], n_ctx=4096, n_gpu_layers=-1, n_batch=256, n_ubatch=256, kv_policy=policy, verbose=False)
+    llm.eval(llm.tokenize(topics_text()[:20000].encode())[:2600])
+    memory = [dataclasses.asdict(row) for row in read_device_memory(llm._ctx.ctx)]
+    print(json.dumps({"stats": dataclasses.asdict(llm.kv_stats()), "memory": memory}))
+    llm.close()
+"""
+
+
+def test_auto_measures_the_device_that_holds_the_layers(smollm2):
+    """All fits the server's memory; under a limit a pool does, with its staging buffer and the margin."""
+    limit = 700 << 20
+    with rpc_server() as (endpoint, _):
+        command = [sys.executable, "-c", AUTO, smollm2, "asrkf", f"asrkf,device_limit={limit}"]
+        environment = {**os.environ, "ASRKF_TEST_RPC": endpoint}
+        result = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    free, limited = map(json.loads, result.stdout.splitlines())
+    assert (free["stats"]["pool_cells"], free["stats"]["type_k"], free["stats"]["frozen_cells"]) == (4096, "f16", 0)
+    stats, (device,) = limited["stats"], [row for row in limited["memory"] if not row["is_host"]]
+    assert "RPC" in device["name"] and device["name"] in stats["pool_choice"] and "700.0 MiB" in stats["pool_choice"]
+    assert 256 <= stats["pool_cells"] < 4096 and stats["type_k"] == "q8_0" and stats["frozen_cells"] > 0
+    taken = device["weights_bytes"] + device["cache_bytes"] + device["compute_bytes"] + stats["device_staging_bytes"]
+    assert stats["device_staging_bytes"] > 0 and taken + (512 << 20) <= limit
+
+
 def test_the_graph_stays_whole_and_is_used_again_on_another_device():
     with rpc_server() as (endpoint, process):
         result = run_suite(endpoint, "test_graph.py", "pieces or (all_decode_steps and asrkf-1)")

@@ -13,7 +13,7 @@ from .looks import looks
 from .needles import OWN_TASKS, needles
 from .plots import plot
 from .quality import cuts, quality
-from .sensitivities import sensitivities
+from .sensitivities import sensitivities, table_of_sensitivities
 from .sides import default_sides
 from .speed import prefill, speed
 from .tables import table, table_of_calibration, table_of_looks, tables_of_quality, tables_of_readme
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         add("equal-bytes-table", "of the judge: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
         add("judge-table", "the tables of the judge's rows", table_of_judge)
         add("calibration-table", "of calibration.csv: the same pools with a calibration and without", table_of_calibration)
+        add("sensitivities-table", "of sensitivities.csv: rank correlation with one pass, and the loss model", table_of_sensitivities)
         add("looks-table", "the same of looks", table_of_looks)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 

@@ -21,6 +21,7 @@ from ..calibrate import LEAST_CELLS, STEP_TOKENS, Runner, calibrate_quickly, mea
 from ..calibration import read_tokens, standard_text
 from ..texts import load_texts
 from .records import DESCRIPTION, Table, describe, library_stamp, results_file
+from .tables import made_by, markdown, newest
 
 SENSITIVITIES = [*DESCRIPTION, "text", "length", "positions", "layer", "cells", "active_ratio", "one_pass", "kl_mean", "run"]
 
@@ -122,4 +123,21 @@ def sensitivities(arguments: argparse.Namespace) -> int:
     }  # fmt: skip
     print(tabulate([[line[key] for key in head] for line in lines], list(head.values()), floatfmt=("", "", ".3f", ".2f", ".2f", ".4f", ".2f")))
     print(f"rows in {one.table.path}")
+    return 0
+
+
+def table_of_sensitivities(_arguments: argparse.Namespace) -> int:
+    rows = newest(results_file("sensitivities.csv"), "model", "text", "length", "positions", "layer", "cells")
+    head = (
+        "model", "text", "cells of one layer", "layers", "active ratio", "rank correlation with one pass", "and with the cells nearest to a fifth",
+        "KL, all layers", "the loss model's, in times of it",
+    )  # fmt: skip
+    cells = [
+        (
+            line["model"], line["text"], str(line["cells"]), str(line["n_layers"]), f"{line['active_ratio']:.2f}", f"{line['rank_one_pass']:.2f}",
+            f"{line['rank_to_fifth']:.2f}", f"{line['kl_sum']:.3f}", f"{line['predicted_ratio']:.2f}",
+        )
+        for line in summaries(rows)
+    ]  # fmt: skip
+    print("\n".join([*markdown(head, cells), *made_by(rows)]))
     return 0

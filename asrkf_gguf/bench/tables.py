@@ -91,17 +91,21 @@ class Loss:
         return float(self.rows[0]["device_bytes"])
 
     @property
+    def model(self) -> str:
+        return str(self.rows[0]["model"])
+
+    @property
     def policy(self) -> str:
         return str(self.rows[0]["config"]).split(",")[0]
 
 
 def losses(path: Optional[Path] = None) -> list[Loss]:
-    """By length, the least KL first; the newest row of each text counts."""
-    groups: dict[tuple[int, str], Loss] = {}
-    for row in newest(path or results_file("quality.csv"), "length", "side", "text"):
-        key = int(row["length"]), spelled(row)
-        groups.setdefault(key, Loss(*key, [])).rows.append(row)
-    return sorted(groups.values(), key=lambda loss: (loss.length, loss.mean("kl_mean")))
+    """By model and length, the least KL first; the newest row of each text counts."""
+    groups: dict[tuple[str, int, str], Loss] = {}
+    for row in newest(path or results_file("quality.csv"), "model", "length", "side", "text"):
+        length, side = int(row["length"]), spelled(row)
+        groups.setdefault((row["model"], length, side), Loss(length, side, [])).rows.append(row)
+    return sorted(groups.values(), key=lambda loss: (loss.model, loss.length, loss.mean("kl_mean")))
 
 
 def quality_table() -> str:
@@ -135,15 +139,15 @@ def needles_table() -> list[str]:
 
 
 def calibration_table() -> str:
-    """Pools of a part of F16's bytes with a calibration and without."""
-    head = ("side", "device KV + index", "KL, mean", "KL by text", "same likeliest next token")
-    found = [loss for loss in losses(results_file("calibration.csv")) if "%" in loss.side]
+    """Upstream's caches, and pools of a part of F16's bytes with a calibration and without."""
+    head = ("model", "side", "device KV + index", "KL, mean", "KL by text", "same likeliest next token")
+    found = [loss for loss in losses(results_file("calibration.csv")) if "%" in loss.side or loss.policy == "full"]
     cells = [
         (
-            loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}",
+            loss.model, loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}",
             ", ".join(f"{row['text']} {float(row['kl_mean']):.4f}" for row in loss.rows), f"{100 * loss.mean('top1_ratio'):.1f} %",
         )
-        for loss in sorted(found, key=lambda loss: (-loss.device_bytes, loss.mean("kl_mean")))
+        for loss in sorted(found, key=lambda loss: (loss.model, -loss.device_bytes, loss.mean("kl_mean")))
     ]  # fmt: skip
     return "\n".join([*markdown(head, cells), *made_by(row for loss in found for row in loss.rows)])
 

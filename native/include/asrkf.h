@@ -268,7 +268,7 @@ ASRKF_API enum asrkf_status asrkf_default_score_layers(uint32_t n_layers, uint32
 
 /* One pass of the model over tokens (1,024 are enough, 512 the least; whole 256 are read), with upstream's cache in a context of
  * its own: how much each layer's history matters. Of the layers that have a cache and no sliding window, in order: what a
- * layer's output loses, into out_sensitivities; and which layers score best, into out_score_layers, ascending. Neither gets
+ * layer's output loses, into out_sensitivities; and which layers score, into out_score_layers, ascending: those by depth. Neither gets
  * more than capacity; *out_n_layers and *out_n_score_layers tell how many there are. n_threads: 0 for llama.cpp's default. progress (may
  * be NULL) is called with what is done and what there is to do, on this thread; not 0 stops (ASRKF_INTERNAL). The same
  * tokens give the same figures. ASRKF_UNSUPPORTED: this model cannot be calibrated so, and the text says why. */

@@ -2,6 +2,7 @@
 
 #include "llama/engine.h"
 #include "llama/refusal.h"
+#include "policy/budgets.h"
 #include "scoring/attention_loss.h"
 #include "scoring/projection.h"
 
@@ -196,7 +197,7 @@ void pass::measure(uint32_t il, ggml_tensor * t) {
         if (n_read > 0) {
             std::vector<float> kept;
             for (size_t chunk = first_chunk; chunk < own.size(); ++chunk) {
-                const std::vector<float> of_chunk = kept_tokens({ &own }, chunk, CALIBRATION_CHUNK_TOKENS, KEPT_RATIO);
+                const std::vector<float> of_chunk = kept_tokens(own, chunk, CALIBRATION_CHUNK_TOKENS, KEPT_RATIO);
                 kept.insert(kept.end(), of_chunk.begin(), of_chunk.end());
                 kept.resize((chunk - first_chunk + 1)*n_cells, 0);
             }
@@ -256,7 +257,6 @@ void pass::read(const std::vector<int32_t> & tokens, int32_t n_threads) {
 // layer, where the stream grows a hundredfold, the one is far too little and the other far too much; elsewhere they hardly differ.
 layer_losses pass::result() const {
     layer_losses found;
-    found.first_chunk = STEP_TOKENS / CALIBRATION_CHUNK_TOKENS;
     for (const auto & [il, own] : norms) {
         const auto next = inputs.find(il + 1);
         double sum = 0;
@@ -270,7 +270,6 @@ layer_losses pass::result() const {
         }
         found.layers.push_back(il);
         found.losses.push_back(loss);
-        found.attention.push_back(attention.at(il));
     }
     return found;
 }
@@ -297,7 +296,7 @@ measured_layers measure_layers(llama_model & model, const std::vector<int32_t> &
     for (double & sensitivity : made.sensitivities) {
         sensitivity = std::max(sensitivity, least);
     }
-    for (const uint32_t i : best_scoring_layers(found.attention, found.losses, found.first_chunk, CALIBRATION_CHUNK_TOKENS)) {
+    for (const uint32_t i : default_scoring_layers(uint32_t(found.layers.size()))) {
         made.score_layers.push_back(found.layers[i]);
     }
     return made;

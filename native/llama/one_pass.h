@@ -15,11 +15,9 @@ struct llama_model;
 namespace asrkf {
 
 struct layer_losses {
-    std::vector<uint32_t>        layers;    // that have a cache and no sliding window, ascending
-    std::vector<double>          losses;    // of each, mean over queries: squared norm of what its output loses with a fifth of its
-                                            // history, relative to the residual stream
-    std::vector<chunk_attention> attention; // of each
-    size_t                       first_chunk; // of queries whose losses were measured
+    std::vector<uint32_t> layers; // that have a cache and no sliding window, ascending
+    std::vector<double>   losses; // of each, mean over queries: squared norm of what its output loses with a fifth of its history,
+                                  // relative to the residual stream
 };
 
 // The model reads the tokens with upstream's cache in a context of its own. progress(done, all) may return false to stop. Throws error:

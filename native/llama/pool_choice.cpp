@@ -225,7 +225,7 @@ uint64_t chooser::shortage(const llama_memory_params & types, uint32_t cells) co
     const bytes_by_device whole = bytes_at(types, asked.n_ctx);
     for (const room & r : there.all) {
         const bytes_on_device & b = needed.at(r.dev);
-        const bool is_staged = cells < asked.n_ctx && (!is_cpu(r.dev) || pretends(asked) || moves_kind(asked.moves) == MOVES_STAGED);
+        const bool is_staged = !is_cpu(r.dev) || pretends(asked) || moves_kind(asked.moves) == MOVES_STAGED;
         const uint64_t staging = is_staged ? STAGING_ROWS*whole.at(r.dev).kv_bytes/asked.n_ctx : 0;
         most = std::max(most, missing(r.weights_bytes + r.margin_bytes + b.cache_bytes() + b.compute_bytes + staging, r.total_bytes));
     }

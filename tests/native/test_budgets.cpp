@@ -164,28 +164,13 @@ chunk_attention attention_on(size_t n_chunks, uint32_t rest) {
 
 TEST(kept, "of a history stay the sinks, a window of half of what is kept, and the tokens that the queries before attended to") {
     const chunk_attention attention = attention_on(60, 7);
-    const std::vector<float> kept = kept_tokens({ &attention }, 50, 8, 0.2f);
+    const std::vector<float> kept = kept_tokens(attention, 50, 8, 0.2f);
     CHECK(kept.size() == 408); // 400 before the chunk, and its own
     CHECK(std::count(kept.begin(), kept.begin() + 400, 1.0f) == 80 && std::count(kept.begin(), kept.end(), 0.0f) == 320);
     CHECK(std::count(kept.begin(), kept.begin() + 4, 1.0f) == 4 && std::count(kept.begin() + 360, kept.end(), 1.0f) == 48);
     for (size_t i = 7; i < 360; i += 10) {
         CHECK(kept[i] == 1.0f); // 36 of them, as many as there is room for
     }
-    const std::vector<double> lost = lost_attention({ attention, attention_on(60, 3) }, { 0 }, 32, 8, 0.2f);
-    CHECK(lost[0] < 0.05 && lost[1] > 0.7); // the other layer looks elsewhere
-}
-
-TEST(best_scorers, "half of the depth is scored by the layer whose ranking serves the sensitive layers best") {
-    std::vector<chunk_attention> layers(8, attention_on(60, 3));
-    layers[0] = layers[5] = attention_on(60, 7);
-    std::vector<double> losses(8, 1e-9);
-    losses[5] = 1;
-    const std::vector<uint32_t> chosen = best_scoring_layers(layers, losses, 32, 8);
-    CHECK(chosen.size() == 2 && (chosen[0] == 0 || chosen[1] == 5));
-    losses[2] = 1; // now both kinds have to be served
-    const std::vector<uint32_t> both = best_scoring_layers(layers, losses, 32, 8);
-    CHECK(both.size() == 2 && (both[0] == 0) != (both[1] == 5));
-    CHECK((best_scoring_layers({ layers[0] }, { 1 }, 32, 8) == std::vector<uint32_t>{ 0 }));
 }
 
 int main() { return run_all_tests(); }
