@@ -11,6 +11,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from calibration_oracle import Model
+from conftest import python
 from make_models import write_tiny
 from test_architectures import ARCHITECTURES
 from test_windowed import tokens, write_gemma3
@@ -313,3 +314,9 @@ def test_the_summary_of_sensitivities_compares_ranks_and_the_loss_model():
     assert fifth["predicted_ratio"] == pytest.approx(1) and fifth["kl_sum"] == pytest.approx(6) and fifth["rank_one_pass"] == pytest.approx(-1)
     assert tenth["predicted_ratio"] == pytest.approx(6 * 2.25 / (2.25 + 2 * 2.25**2 + 3 * 2.25))
     assert half["rank_to_fifth"] == pytest.approx(0.5)  # 0.25, 0.125 and 0.75: the first two change places
+
+
+def test_the_command_says_two_lines_and_none_of_llama_cpps(small, tmp_path):
+    code = f"import sys; from asrkf_gguf.cli import main; sys.exit(main(['calibrate', {small!r}, '--out', {str(tmp_path / 'side.json')!r}]))"
+    result = python(code)
+    assert result.returncode == 0 and len(result.stdout.splitlines()) == 2 and result.stderr == ""

@@ -72,6 +72,7 @@ def main(argv: Optional[list[str]] = None) -> int:
     logging.basicConfig(format="asrkf: %(message)s")
     logging.getLogger("asrkf_gguf").setLevel(logging.INFO)
     logging.getLogger("asrkf_gguf.llama_cpp").propagate = False  # with --verbose as llama.cpp writes them
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # as verbose=False; else it prints all, until a Llama is made
     try:
         arguments = make_parser(command).parse_args(argv)
         return arguments.function(arguments)
