@@ -61,8 +61,8 @@ void set_next_config(const asrkf_config * config);
 // While it is on, contexts of this thread are not the user's: they get upstream's cache and consume no settings.
 void set_own_context(bool on);
 
-// Sensitivities of a model's layers, measured in one pass over tokens, and who scores best (native/llama/one_pass.h says what is
-// thrown). progress: asrkf.h.
+// Sensitivities of a model's layers, measured in one pass over tokens, and who scores, by depth (native/llama/one_pass.h says what
+// is thrown). progress: asrkf.h.
 struct measured_layers {
     std::vector<double>   sensitivities; // of the layers with a cache and no sliding window, > 0
     std::vector<uint32_t> score_layers;  // ascending

@@ -38,10 +38,10 @@ std::vector<group_budget> split_two (const std::vector<layer_budget> & layers, u
 // unless it wants less; what is left when all have what they want is shared out evenly.
 std::vector<uint32_t> fair_shares(uint32_t pool_cells, const std::vector<uint32_t> & demands);
 
-// Who scores where that was not measured, and where `asrkf calibrate --thorough` begins to search: of n_layers layers (at least one) four, or one
-// in four of fewer than 16, each rather late in its part of the depth. Measured on SmolLM2, where three sets of four that were
-// spaced otherwise lost up to twice as much, and on Gemma 3 270M: of its three layers without a window one alone lost 6 to 50 % less
-// than all three, whose indices take as many bytes as a third of the cells.
+// Who scores where that was not measured, and where `asrkf calibrate --thorough` begins to search: of n_layers layers (at least
+// one) four, or one in four of fewer than 16, each rather late in its part of the depth. Measured on SmolLM2, where three sets of
+// four that were spaced otherwise lost up to twice as much; and on Gemma 3 270M, where all three layers without a window lost more
+// than one of them: their indices take bytes that cells lack.
 std::vector<uint32_t> default_scoring_layers(uint32_t n_layers);
 
 // Sensitivity by relative depth (0: first layer, 1: last) for a model without a calibration: a rough shape of what was

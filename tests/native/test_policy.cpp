@@ -357,6 +357,16 @@ TEST(pins_and_window, "pinned tokens take of an automatic window what the rest o
         rule.append(i);
     }
     CHECK(active(250, 282) == 32);
+    policy_params gates = make_policy_params(config_parse("kvzip,pool=1024"), 1024); // whose steps are a quarter of the pool
+    one_group other(gates);
+    for (int32_t i = 0; i < 1000; ++i) {
+        other.append(i);
+    }
+    CHECK(other.max_ubatch() == 256);
+    for (uint32_t i = 4; i < 896; ++i) {
+        other.set_pinned(i, true);
+    }
+    CHECK(other.max_ubatch() == 32 && other.decide(32, 1000).decided);
     pin(4, 128, false);
     CHECK(rule.window() == 128);
     rule.commit(rule.decide(1, 282));
