@@ -46,7 +46,7 @@ class FreezeConfig:
     """"attention" (softmax probability), "magnitude" (mean |q.k|), "random", "recency", "none", or "gate": what the layer's gate
     says of the token when it is computed (`asrkf gates` makes them; no index is kept)."""
     score_layers: Optional[str] = None
-    """Layers that score for all groups, "0-3+7"; "auto": the calibration's, or four by depth without one."""
+    """Layers that score for all groups, "0-3+7"; "auto": the calibration's, or by depth without one."""
     score_queries: Optional[int] = None
     """Queries that score: of the newest steps, and from all over a long one."""
     index: Optional[str] = None

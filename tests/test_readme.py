@@ -7,7 +7,6 @@ import ast
 import csv
 import dataclasses
 import hashlib
-import itertools
 import re
 import subprocess
 import sys
@@ -64,9 +63,9 @@ def test_the_judges_tables_are_made_from_the_committed_rows():
     assert between(ROOT / "docs/results.md", "judge: scripts/bench judge-table", "end of judge") == made("judge-table")
 
 
-def test_the_table_of_calibrations_in_q8_0_is_made_from_the_committed_rows():
-    marks = "calibration: scripts/bench calibration-table", "end of calibration"
-    assert between(ROOT / "docs/results.md", *marks) == made("calibration-table")
+@pytest.mark.parametrize("name", ["calibration", "sensitivities"])
+def test_the_tables_of_calibrations_are_made_from_the_committed_rows(name):
+    assert between(ROOT / "docs/results.md", f"{name}: scripts/bench {name}-table", f"end of {name}") == made(f"{name}-table")
 
 
 def test_readmes_tables_are_made_from_the_committed_rows():
@@ -158,13 +157,9 @@ def test_every_row_of_quality_names_commit_machine_model_command_and_config(name
         assert "+changes" not in row["commit"] and "/" not in row["config"]
 
 
-def test_the_table_of_calibrations_shows_the_committed_rows():
-    lines = (ROOT / "docs/results.md").read_text().splitlines()
-    begin = lines.index("| text | one pass | measured KLs | prior |")
-    kl = {(row["text"], row["side"]): f"{float(row['kl_mean']):.4f}".lstrip("0") for row in rows_of("calibration.csv")}
-    for line in itertools.takewhile(str.strip, lines[begin + 2 :]):
-        text, *shown = line.strip("| ").split(" | ")
-        assert shown == [kl[text, side] for side in ("one pass", "measured KLs", "prior")]
+def test_every_row_of_sensitivities_names_commit_machine_model_and_command():
+    for row in rows_of("sensitivities.csv"):
+        assert all(row.values()) and "+changes" not in row["commit"], row
 
 
 def test_the_table_of_cuts_shows_the_committed_rows():

@@ -39,7 +39,7 @@ const field table[] = {
     { "window", INTEGER, AT(window), "", 0, 1 << 24, "most recent positions that are never frozen; 0: half of the pool" },
     { "interval", INTEGER, AT(interval), "", 1, 1024, "tokens between two decisions" },
     { "score", CHOICE, AT(score), "attention|magnitude|random|recency|none|gate", 0, 0, "relevance of a cell: attention probability, mean |q.k| (as published), a control, or what the layer's gate says of the token (needs asrkf gates, and no index)" },
-    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score for all groups, \"0-3+7\"; \"auto\": the calibration's, or four by depth without one" },
+    { "score_layers", TEXT, AT(score_layers), "", 0, 0, "layers that score for all groups, \"0-3+7\"; \"auto\": the calibration's, or by depth without one" },
     { "score_queries", INTEGER, AT(score_queries), "", 1, 64, "queries that score: of the newest steps, and from all over a long one" },
     { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16; f16 for mean_key" },
     { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score after an interval" },
