@@ -99,7 +99,7 @@ uint32_t steps::longest_step(const std::vector<uint32_t> & n_new, uint32_t n_uba
     uint32_t n_step = n_ubatch_max;
     for (const group & g : groups) {
         for (const sequence & s : tokens.sequences) {
-            const uint32_t most = g.pool_cells < config.n_ctx ? g.rules[s.id].max_ubatch() : n_ubatch_max; // where all fits, so does any step
+            const uint32_t most = g.rules[s.id].max_ubatch(g.pool_cells < config.n_ctx); // where all fits, pinned tokens take no room
             if (n_new[s.id] > most) {
                 n_step = std::min(n_step, most);
             }

@@ -64,9 +64,9 @@ uint64_t policy::least_cells(const policy_params & params, uint32_t n_ubatch, ui
     return std::max(2*others, others + n_pinned + params.block); // of the window's half pinned tokens may take all but a block, nothing else may
 }
 
-uint32_t policy::max_ubatch() const {
+uint32_t policy::max_ubatch(bool beside_pins) const {
     const bool may_be_small = (params.cuts || params.score == SCORE_GATE) && !params.half_window;
-    return std::max(params.block, may_be_small ? params.pool_cells / 4 : window() / 2);
+    return std::max(params.block, may_be_small ? params.pool_cells / 4 : (beside_pins ? window() : params.window) / 2);
 }
 
 void policy::resize(uint32_t pool_cells) {

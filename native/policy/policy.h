@@ -100,7 +100,7 @@ public:
 
     // Longest step to let through: half a window, so that every new token sees at least half a window of its past; with cuts
     // and gates, whose window may be small, what that would be if the window were half of the pool.
-    uint32_t max_ubatch() const;
+    uint32_t max_ubatch(bool beside_pins = true) const;
 
     // The cells to decide about from now on.
     void resize(uint32_t pool_cells);

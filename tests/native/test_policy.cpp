@@ -366,7 +366,7 @@ TEST(pins_and_window, "pinned tokens take of an automatic window what the rest o
     for (uint32_t i = 4; i < 896; ++i) {
         other.set_pinned(i, true);
     }
-    CHECK(other.max_ubatch() == 32 && other.decide(32, 1000).decided);
+    CHECK(other.max_ubatch() == 32 && other.max_ubatch(false) == 256 && other.decide(32, 1000).decided);
     pin(4, 128, false);
     CHECK(rule.window() == 128);
     rule.commit(rule.decide(1, 282));
