@@ -139,9 +139,9 @@ def needles_table() -> list[str]:
 
 
 def calibration_table() -> str:
-    """Upstream's caches, and pools of a part of F16's bytes with a calibration and without."""
+    """Pools of a part of F16's bytes with a calibration and without."""
     head = ("model", "side", "device KV + index", "KL, mean", "KL by text", "same likeliest next token")
-    found = [loss for loss in losses(results_file("calibration.csv")) if "%" in loss.side or loss.policy == "full"]
+    found = [loss for loss in losses(results_file("calibration.csv")) if "%" in loss.side]
     cells = [
         (
             loss.model, loss.side, mebibytes(loss.device_bytes), f"{loss.mean('kl_mean'):.4f} ± {loss.kl_error:.4f}",

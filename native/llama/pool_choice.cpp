@@ -222,7 +222,7 @@ uint64_t chooser::shortage(const llama_memory_params & types, uint32_t cells) co
     for (const auto & [dev, bytes] : needed) {
         cache += bytes.cache_bytes();
     }
-    const bytes_by_device whole = bytes_at(types, asked.n_ctx);
+    const bytes_by_device whole = there.all.empty() ? bytes_by_device() : bytes_at(types, asked.n_ctx);
     for (const room & r : there.all) {
         const bytes_on_device & b = needed.at(r.dev);
         const bool is_staged = !is_cpu(r.dev) || pretends(asked) || moves_kind(asked.moves) == MOVES_STAGED;
