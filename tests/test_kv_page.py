@@ -57,19 +57,22 @@ def test_the_figures_are_there_while_an_answer_is_generated_and_hold_every_token
     seen, stream = [], server.complete(text[:3600], 96, stream=True)  # long enough to be asked a few times
     for _ in stream:
         seen.append(live(server))
-    seen = [picture for picture in seen if picture["tokens"]]  # on a slow machine the first may be from before it was read
+    seen = [picture for picture in seen if picture["tokens"] >= 128]  # on a slow machine the first may be from before it was read
     newest = seen[-1]
     assert [(group["n_layers"], group["pool_cells"]) for group in newest["groups"]] == [(10, 512), (20, 768)] and newest["model"] == "smollm2"
     for picture in seen:
         for group in picture["groups"]:
             ends = [0, *(end for _, end, _ in group["runs"])]
             assert ends[:-1] == [begin for begin, _, _ in group["runs"]] and ends[-1] == picture["tokens"]
-            assert {state for _, _, state in group["runs"]} == {"active", "frozen", "pinned"}
+            states = {state for _, _, state in group["runs"]}
+            assert states <= {"active", "frozen", "pinned"}
+            assert "frozen" in states or picture["tokens"] <= group["pool_cells"]  # a picture may be of a prompt that is read still
             assert any(begin == 64 and end == 128 for begin, end, state in group["runs"] if state == "pinned")
+    whole = [picture for picture in seen if picture["tokens"] > 768]  # no group can hold these
+    assert len({picture["tokens"] for picture in whole}) > 3  # it is live
     frozen = [sum(end - begin for begin, end, state in group["runs"] if state == "frozen") * group["n_layers"] for group in newest["groups"]]
     layers = sum(group["n_layers"] for group in newest["groups"])
     assert sum(frozen) / layers == pytest.approx(newest["samples"][-1]["frozen_cells"], abs=1)
-    assert len({picture["tokens"] for picture in seen}) > 3  # it is live
     assert len(newest["samples"]) > 3 and newest["samples"][-1]["entropy"] > 0 and 0 <= newest["samples"][-1]["missed_attention_ratio"] < 1
     assert newest["bytes"]["device_kv_bytes"] == server.kv_stats()["kv"]["device_kv_bytes"]
 
