@@ -1,5 +1,5 @@
 // CUDA kernels for what is computed portably elsewhere: relevance (called by scorer.cpp), the entropy of an output (by outputs.cpp) and
-// moves of rows (by tests only, so far). They know pointers and a stream, no tensor and no model.
+// moves of rows (by copier.cpp). They know pointers and a stream, no tensor and no model.
 //
 // Every function queues its work on the stream and returns at once: nullptr, or why nothing could be queued, text that lives as
 // long as the program. All pointers are the device's, or host memory that the device sees (pinned). A fault while a kernel runs
@@ -11,6 +11,8 @@
 #else
 #    include <cuda_runtime_api.h>
 #endif
+
+#include "store/row_slice.h"
 
 #include <cstddef>
 #include <cstdint>
@@ -56,18 +58,11 @@ failure refuses_heads(row_type type, uint32_t head, uint32_t n_head, uint32_t n_
 failure lacks_kernel(row_type type);
 failure add_relevance(const relevance_layer & layer, cudaStream_t stream);
 
-// Rows of tokens in many tensors, to or from one staging buffer, token by token.
-struct row_part {
-    uint8_t * base;      // a tensor's first row
-    size_t    stride;    // bytes from row to row
-    uint32_t  row_bytes; // any number
-    size_t    offset;    // within a token's bytes in the staging buffer
-};
-
-// parts [n_parts], cells [n_cells]: tables that the device reads, valid until it has. To the device (to_staging = false) no cell may
-// be there twice.
-failure move_rows(const row_part * parts, uint32_t n_parts, const uint32_t * cells, uint32_t n_cells, uint8_t * staging, size_t token_bytes,
-        bool to_staging, cudaStream_t stream);
+// Rows of many tensors, all in one launch. crossing: memory that the device sees, which begins with row_slice [n_slices] and holds the
+// cells' numbers and the rows; it stays as it is until the work is done. most_rows: of a slice. From there (to_crossing = false) no cell
+// may be there twice. lacks_row_kernel: whether the current device has the kernel.
+failure lacks_row_kernel();
+failure move_rows(uint8_t * crossing, uint32_t n_slices, uint32_t most_rows, bool to_crossing, cudaStream_t stream);
 
 // Of n_rows rows of n logits, row_stride elements apart: log-sum-exp, entropy in nats and top probability, three numbers a row, as
 // policy/entropy.h has them.

@@ -6,7 +6,7 @@ namespace asrkf::cuda {
 
 namespace {
 
-constexpr uint32_t THREADS = 128;
+constexpr uint32_t THREADS = 128, WARPS = THREADS / WARP;
 
 template <typename Word> __device__ __forceinline__ void copy_words(uint8_t * to, const uint8_t * from, uint32_t n_bytes, uint32_t lane) {
     for (uint32_t i = lane; i < n_bytes / sizeof(Word); i += WARP) {
@@ -14,40 +14,42 @@ template <typename Word> __device__ __forceinline__ void copy_words(uint8_t * to
     }
 }
 
-__global__ void __launch_bounds__(THREADS) copy_rows(const row_part * __restrict__ parts, uint32_t n_parts, const uint32_t * __restrict__ cells,
-        uint32_t n_cells, uint8_t * staging, size_t token_bytes, bool to_staging) {
-    const size_t   row  = blockIdx.x*size_t(THREADS / WARP) + threadIdx.x / WARP;
-    const uint32_t lane = threadIdx.x % WARP;
-    if (row >= size_t(n_parts)*n_cells) {
+// grid: [rows of a slice / WARPS, slices]
+__global__ void __launch_bounds__(THREADS) copy_rows(uint8_t * crossing, bool to_crossing) {
+    const row_slice slice = reinterpret_cast<const row_slice *>(crossing)[blockIdx.y];
+    const uint32_t  row   = blockIdx.x*WARPS + threadIdx.x / WARP;
+    const uint32_t  lane  = threadIdx.x % WARP;
+    if (row >= slice.n_rows) {
         return;
     }
-    const row_part part = parts[row % n_parts]; // a token's rows lie side by side in the staging buffer
-    const size_t   token = row / n_parts;
-    uint8_t *       cell = part.base + cells[token]*part.stride;
-    uint8_t *       host = staging + token*token_bytes + part.offset;
-    uint8_t *       to   = to_staging ? host : cell;
-    const uint8_t * from = to_staging ? cell : host;
-    const size_t    all  = reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from) | part.row_bytes;
+    const uint32_t  number = reinterpret_cast<const uint32_t *>(crossing + slice.cells_at)[row];
+    uint8_t *       cell   = slice.base + number*slice.stride;
+    uint8_t *       ours   = crossing + slice.rows_at + size_t(row)*slice.row_bytes;
+    uint8_t *       to     = to_crossing ? ours : cell;
+    const uint8_t * from   = to_crossing ? cell : ours;
+    const size_t    all    = reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from) | slice.row_bytes;
     if (all % 16 == 0) {
-        copy_words<uint4>(to, from, part.row_bytes, lane);
+        copy_words<uint4>(to, from, slice.row_bytes, lane);
     } else if (all % 4 == 0) {
-        copy_words<uint32_t>(to, from, part.row_bytes, lane);
+        copy_words<uint32_t>(to, from, slice.row_bytes, lane);
     } else if (all % 2 == 0) {
-        copy_words<uint16_t>(to, from, part.row_bytes, lane);
+        copy_words<uint16_t>(to, from, slice.row_bytes, lane);
     } else {
-        copy_words<uint8_t>(to, from, part.row_bytes, lane);
+        copy_words<uint8_t>(to, from, slice.row_bytes, lane);
     }
 }
 
 } // namespace
 
-failure move_rows(const row_part * parts, uint32_t n_parts, const uint32_t * cells, uint32_t n_cells, uint8_t * staging, size_t token_bytes,
-        bool to_staging, cudaStream_t stream) {
-    const size_t n_rows = size_t(n_parts)*n_cells, n_blocks = (n_rows + THREADS/WARP - 1) / (THREADS/WARP);
-    if (n_blocks > 0x7fffffffu) {
-        return "too many rows for one launch";
+failure lacks_row_kernel() { return is_missing(copy_rows); }
+
+failure move_rows(uint8_t * crossing, uint32_t n_slices, uint32_t most_rows, bool to_crossing, cudaStream_t stream) {
+    constexpr uint32_t MOST_SLICES = 65535; // of a grid's second dimension, on any card
+    if (n_slices > MOST_SLICES) {
+        return "too many tensors for one launch";
     }
-    return n_rows == 0 ? nullptr : launch(copy_rows, dim3(uint32_t(n_blocks), 1, 1), THREADS, stream, parts, n_parts, cells, n_cells, staging, token_bytes, to_staging);
+    const dim3 grid(most_rows / WARPS + (most_rows % WARPS > 0), n_slices, 1);
+    return most_rows == 0 || n_slices == 0 ? nullptr : launch(copy_rows, grid, THREADS, stream, crossing, to_crossing);
 }
 
 } // namespace asrkf::cuda

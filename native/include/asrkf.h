@@ -123,7 +123,7 @@ struct asrkf_stats {
     uint64_t tokens;                   /* of all sequences, those that they share once: active + frozen */
     uint64_t device_kv_bytes;          /* what the backends allocated for K and V */
     uint64_t device_index_bytes;       /* and for scoring: K rows of the scoring layers in a small type, or means of them, and the newest queries; for cuts: queries; for gates: their weights, and the scores of a step */
-    uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory) */
+    uint64_t device_staging_bytes;     /* and for moving rows (0 where device memory is host memory, or the device reaches the host's) */
     uint64_t device_compute_bytes;     /* and for graphs: the scheduler's compute buffers, and those of scoring and cuts */
     uint64_t host_kv_bytes;            /* allocated for the host store */
     uint64_t host_kv_peak_bytes;

@@ -29,6 +29,9 @@ void transfers::prepare() {
     groups.mover->settle();
     if (!groups.mover->is_attached()) {
         groups.mover->attach(backends());
+        for (const std::string & note : groups.mover->notes()) {
+            LLAMA_LOG_WARN("asrkf: %s\n", note.c_str());
+        }
     }
     if (budget.is_pageable && !std::exchange(has_said_pageable, true)) {
         LLAMA_LOG_WARN("asrkf: memory for transfers could not be pinned; they are slower from pageable memory\n");

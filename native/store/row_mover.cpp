@@ -1,6 +1,7 @@
 #include "store/row_mover.h"
 
 #include "store/host_store.h"
+#include "store/row_copier.h"
 
 #include "ggml-alloc.h"
 #include "ggml-cpp.h"
@@ -27,8 +28,8 @@ static bool moves_rows(ggml_backend_t backend) {
     return ggml_backend_supports_op(backend, part) && ggml_backend_supports_op(backend, back);
 }
 
-// One direction's host memory, laid out as the staging buffer is: the cells' numbers of each group, then its rows, tensor by
-// tensor.
+// One direction's host memory, laid out as the staging buffer is: for a copier the table of slices, then the cells' numbers of each
+// group, then its rows, tensor by tensor.
 struct row_mover::crossing {
     struct slice {
         size_t             group;
@@ -44,6 +45,30 @@ struct row_mover::crossing {
     size_t                  n_index_bytes = 0, n_bytes = 0;
 
     uint8_t * base() const { return static_cast<uint8_t *>(ggml_backend_buffer_get_base(memory.get())); }
+
+    // For a copier, at the beginning. Returns how many slices.
+    uint32_t write_table() const {
+        std::vector<row_slice> table;
+        std::vector<size_t> cells_at; // by group
+        for (const slice & s : slices) {
+            if (!s.tensor) {
+                cells_at.resize(std::max(cells_at.size(), s.group + 1));
+                cells_at[s.group] = s.at;
+                continue;
+            }
+            const ggml_tensor * rows = s.tensor->tensor;
+            table.push_back({ static_cast<uint8_t *>(rows->data), rows->nb[1], cells_at[s.group], s.at, uint32_t(s.tensor->row_bytes), uint32_t(s.n) });
+        }
+        std::memcpy(base(), table.data(), table.size()*sizeof(row_slice));
+        return uint32_t(table.size());
+    }
+    uint32_t most_rows() const {
+        size_t most = 0;
+        for (const slice & s : slices) {
+            most = std::max(most, s.n);
+        }
+        return uint32_t(most);
+    }
 
     template <typename Index> void write_indices() const {
         for (const slice & s : slices) {
@@ -68,10 +93,13 @@ struct row_mover::lane {
     ggml_backend_buffer_type_t           buft    = nullptr;
     ggml_backend_t                       backend = nullptr;
     std::vector<std::vector<row_tensor>> tensors;       // by group
-    size_t                               graph_size = 0; // a node a tensor, two leaves, and one a group
-    std::vector<uint8_t>                 graph_meta;    // memory of the graph's tensors
+    size_t                               table_bytes = 0; // for the copier
+    size_t                               graph_size  = 0; // a node a tensor, two leaves, and one a group
+    std::vector<uint8_t>                 graph_meta;      // memory of the graph's tensors
     crossing                             down, up;
-    ggml_backend_buffer_ptr              staging;       // the last, so freed first: a device frees nothing that is in use
+    ggml_backend_buffer_ptr              staging;         // null where the device reaches the crossings. It goes before them: a device frees nothing that is in use
+    std::unique_ptr<row_copier>          copier;          // null: a graph moves rows. The first to go: it waits
+    std::string                          why_no_copier;
 
     // What n rows of a group take at most: n times the one, and the other.
     size_t bytes_of_row(size_t group) const {
@@ -84,18 +112,24 @@ struct row_mover::lane {
     size_t bytes_of_padding(size_t group) const { return STAGING_ALIGN*(tensors[group].size() + 1); }
 
     void allocate(host_budget & budget) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+        copier = make_row_copier(dev ? dev : ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), why_no_copier); // the CPU's buffers name no device
         size_t n_bytes = 0, n_tensors = 0;
         for (size_t ig = 0; ig < tensors.size(); ++ig) {
             n_bytes   += tensors[ig].empty() ? 0 : bytes_of_padding(ig) + STAGING_ROWS*bytes_of_row(ig);
             n_tensors += tensors[ig].size();
         }
-        staging.reset(ggml_backend_buft_alloc_buffer(buft, padded(n_bytes)));
-        ggml_backend_dev_t dev = ggml_backend_buft_get_device(buft);
+        table_bytes = copier ? padded(n_tensors*sizeof(row_slice)) : 0;
+        n_bytes += table_bytes;
         for (crossing * c : { &down, &up }) {
             c->memory.reset(allocate_host(dev ? ggml_backend_dev_host_buffer_type(dev) : nullptr, padded(n_bytes), budget));
             c->event.reset(dev ? ggml_backend_event_new(dev) : nullptr);
         }
-        if (!staging || !down.memory || !up.memory) {
+        const bool needs_staging = !copier || !down.memory || !up.memory || !copier->reaches(down.base()) || !copier->reaches(up.base());
+        if (needs_staging) {
+            staging.reset(ggml_backend_buft_alloc_buffer(buft, padded(n_bytes)));
+        }
+        if ((needs_staging && !staging) || !down.memory || !up.memory) {
             throw error(ASRKF_INTERNAL, format("no %zu bytes for the staging buffer on %s: lower kv_pool", padded(n_bytes), ggml_backend_buft_name(buft)));
         }
         graph_size = 2*n_tensors + tensors.size();
@@ -105,9 +139,9 @@ struct row_mover::lane {
     // As many rows from `begin` on as the staging buffer holds; those of other devices take no room. Returns the first that
     // does not fit.
     size_t lay_out(crossing & c, const std::vector<row> & rows, size_t begin) const {
-        size_t left = ggml_backend_buffer_get_size(staging.get()), end = begin;
+        size_t left = ggml_backend_buffer_get_size(c.memory.get()) - table_bytes, end = begin;
         c.slices.clear();
-        c.n_bytes = 0;
+        c.n_bytes = table_bytes;
         while (end < rows.size()) {
             const size_t group = rows[end].group;
             size_t n = 1;
@@ -159,8 +193,29 @@ struct row_mover::lane {
     void move_piece(crossing & c, bool to_host) {
         ggml_init_params params = { graph_meta.size(), graph_meta.data(), true };
         ggml_context_ptr holder(ggml_init(params));
-        ggml_context * ctx   = holder.get();
-        ggml_cgraph  * graph = ggml_new_graph_custom(ctx, graph_size, false);
+        if (copier) {
+            c.write_indices<uint32_t>();
+        } else if (to_host) {
+            c.write_indices<int32_t>(); // as get_rows and set_rows want them
+        } else {
+            c.write_indices<int64_t>();
+        }
+        const uint32_t n_slices = copier ? c.write_table() : 0;
+        if (!to_host) {
+            c.copy_rows(false);
+        }
+        ggml_cgraph * graph = copier ? nullptr : make_graph(holder.get(), c, to_host);
+        run(holder.get(), c, to_host, [&] {
+            if (copier) {
+                copier->copy(backend, staging ? static_cast<uint8_t *>(ggml_backend_buffer_get_base(staging.get())) : c.base(), n_slices, c.most_rows(), to_host);
+            } else if (ggml_backend_graph_compute_async(backend, graph) != GGML_STATUS_SUCCESS) {
+                throw error(ASRKF_MOVE_FAILED, format("%s failed to move %zu rows", ggml_backend_name(backend), c.rows.size()));
+            }
+        });
+    }
+
+    ggml_cgraph * make_graph(ggml_context * ctx, const crossing & c, bool to_host) const {
+        ggml_cgraph * graph = ggml_new_graph_custom(ctx, graph_size, false);
         auto * base = static_cast<uint8_t *>(ggml_backend_buffer_get_base(staging.get()));
         std::vector<ggml_tensor *> cells(tensors.size(), nullptr);
         for (const auto & s : c.slices) {
@@ -179,24 +234,27 @@ struct row_mover::lane {
             }
             ggml_build_forward_expand(graph, done);
         }
-        if (to_host) {
-            c.write_indices<int32_t>();
-        } else {
-            c.write_indices<int64_t>();
-            c.copy_rows(false);
-        }
-        run(c, graph, place(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, int64_t(c.n_bytes / 4)), staging.get(), base), to_host);
+        return graph;
     }
 
-    // all: the part of the staging buffer that is in use.
-    void run(crossing & c, ggml_cgraph * graph, ggml_tensor * all, bool to_host) {
-        const crossing & other = to_host ? up : down; // uploads may have a queue of their own (Vulkan's): not before the other has left the buffer
-        if (other.busy && other.event) {
-            ggml_backend_event_wait(backend, other.event.get());
+    // queue: throws where the device refuses the moves.
+    template <typename Queue> void run(ggml_context * ctx, crossing & c, bool to_host, Queue queue) {
+        std::string failed;
+        ggml_tensor * all = nullptr; // the part of the staging buffer that is in use
+        if (staging) {
+            const crossing & other = to_host ? up : down; // uploads may have a queue of their own (Vulkan's): not before the other has left the buffer
+            if (other.busy && other.event) {
+                ggml_backend_event_wait(backend, other.event.get());
+            }
+            all = place(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, int64_t(c.n_bytes / 4)), staging.get(), ggml_backend_buffer_get_base(staging.get()));
+            ggml_backend_tensor_set_async(backend, all, c.base(), 0, to_host ? c.n_index_bytes : c.n_bytes);
         }
-        ggml_backend_tensor_set_async(backend, all, c.base(), 0, to_host ? c.n_index_bytes : c.n_bytes);
-        const bool moved = ggml_backend_graph_compute_async(backend, graph) == GGML_STATUS_SUCCESS;
-        if (to_host && moved) {
+        try {
+            queue();
+        } catch (const error & e) {
+            failed = e.what();
+        }
+        if (to_host && all && failed.empty()) {
             ggml_backend_tensor_get_async(backend, all, c.base() + c.n_index_bytes, c.n_index_bytes, c.n_bytes - c.n_index_bytes);
         }
         c.busy = true;
@@ -205,8 +263,8 @@ struct row_mover::lane {
         } else {
             ggml_backend_synchronize(backend);
         }
-        if (!moved) {
-            throw error(ASRKF_MOVE_FAILED, format("%s failed to move %zu rows", ggml_backend_name(backend), c.rows.size()));
+        if (!failed.empty()) {
+            throw error(ASRKF_MOVE_FAILED, failed);
         }
     }
 
@@ -269,9 +327,19 @@ row_mover::lane & row_mover::lane_of(ggml_backend_buffer_type_t buft) {
 size_t row_mover::staging_bytes() const {
     size_t n_bytes = 0;
     for (const auto & l : lanes) {
-        n_bytes += ggml_backend_buffer_get_size(l->staging.get());
+        n_bytes += l->staging ? ggml_backend_buffer_get_size(l->staging.get()) : 0;
     }
     return n_bytes;
+}
+
+std::vector<std::string> row_mover::notes() const {
+    std::vector<std::string> all;
+    for (const auto & l : lanes) {
+        if (!l->why_no_copier.empty()) {
+            all.push_back(l->why_no_copier);
+        }
+    }
+    return all;
 }
 
 void row_mover::attach(const std::vector<ggml_backend_t> & backends) {

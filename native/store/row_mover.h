@@ -6,7 +6,8 @@
 // transfer a device, whatever the number of groups: get() uploads the cells' numbers, gathers on the device into a staging
 // buffer, and downloads that; set() uploads numbers and rows together, and scatters them. The staging buffer holds 64
 // tokens of all groups; what is larger goes in pieces. ggml's get_rows converts F16 and quantised rows, so the rows are viewed
-// as F32 words; rows that are no whole number of words are copied one by one.
+// as F32 words; rows that are no whole number of words are copied one by one. A device with a copier (row_copier.h) moves rows by
+// that instead of a graph, and without a staging buffer where it reaches the host's memory itself.
 //
 // Nobody waits for a staged transfer. A backend does what it is given in order, and the model's graphs run on the same one:
 // a gather has read its cells before a later set(), or the next step's graph, writes them, and a scatter has written its
@@ -22,6 +23,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 namespace asrkf {
@@ -52,6 +54,7 @@ public:
     size_t token_bytes(size_t group) const { return groups[group].token_bytes; }
     bool   is_staged(size_t group)   const { return groups[group].is_staged; }
     size_t staging_bytes() const; // on devices
+    std::vector<std::string> notes() const; // a sentence each: why a device's rows are not moved as fast as they could be
 
     // Staged mode: find the backends of the buffers (those that compute the context's graphs).
     void attach(const std::vector<ggml_backend_t> & backends);

@@ -22,12 +22,17 @@ struct cudaLaunchConfig_t {
     size_t       dynamicSmemBytes = 0;
     cudaStream_t stream           = nullptr;
 };
-struct cudaPointerAttributes { int device; };
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice };
+struct cudaPointerAttributes {
+    cudaMemoryType type;
+    int            device;
+};
 struct cudaFuncAttributes {};
 
 namespace shim {
 
 inline bool     delays     = false; // streams that are made from now on wait until somebody waits for them
+inline bool     pins       = true;  // host memory is said to be pinned
 inline int      fail_in    = 0;     // the n-th call from now on that may fail does; 0: none
 inline int      device     = 0;     // the current one
 inline uint64_t n_launches = 0;
@@ -59,7 +64,7 @@ inline cudaError_t  cudaGetLastError() { return cudaSuccess; }
 
 inline cudaError_t cudaGetDevice(int * out) { return shim::unless_failing([&] { *out = shim::device; }); }
 inline cudaError_t cudaSetDevice(int device) { return shim::unless_failing([&] { shim::device = device; }); }
-inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes * out, const void *) { return shim::unless_failing([&] { out->device = 0; }); }
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes * out, const void *) { return shim::unless_failing([&] { *out = { shim::pins ? cudaMemoryTypeHost : cudaMemoryTypeUnregistered, 0 }; }); }
 template <typename... Wanted> cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, void (*)(Wanted...)) { return shim::status(); }
 
 inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t * out, unsigned) {

@@ -122,45 +122,59 @@ TEST(refused, "what no kernel is there for is refused with a reason, and nothing
     }
 }
 
-TEST(rows, "rows of any length go to the staging buffer and back byte for byte, in one launch, and touch nothing else") {
+TEST(rows, "rows of any length, other cells of each tensor, cross and come back byte for byte, in one launch, and touch nothing else") {
     std::mt19937 random(5);
     const auto fill = [&](std::vector<uint8_t> & bytes) { for (uint8_t & b : bytes) { b = uint8_t(random()); } };
     constexpr uint32_t N_CELLS = 37;
-    const std::vector<size_t> lengths = { 1, 2, 3, 7, 16, 34, 36, 66, 72, 110, 128, 136, 204, 512, 1088, 2048 };
+    const std::vector<std::vector<uint32_t>> lists = { { 11 }, { 36, 0, 5, 4, 29 }, {}, { 1, 2, 3, 4, 5, 6, 7, 8, 30 } };
+    const std::vector<uint32_t> lengths = { 1, 2, 3, 7, 16, 34, 36, 66, 72, 110, 128, 136, 204, 512, 1088, 2048 };
     std::vector<std::vector<uint8_t>> tensors;
-    std::vector<cuda::row_part> parts;
-    size_t token_bytes = 0;
-    for (const size_t n : lengths) {
-        const size_t stride = n + (n % 3 == 0 ? 5 : 0);
+    std::vector<row_slice> slices;
+    size_t n_bytes = lengths.size()*sizeof(row_slice);
+    std::vector<size_t> cells_at;
+    for (const auto & cells : lists) {
+        cells_at.push_back(n_bytes);
+        n_bytes += cells.size()*sizeof(uint32_t);
+    }
+    uint32_t n_rows = 0;
+    for (size_t i = 0; i < lengths.size(); ++i) {
+        const uint32_t n = lengths[i];
+        const size_t stride = n + (n % 3 == 0 ? 5 : 0), list = i % lists.size();
         tensors.emplace_back(N_CELLS*stride + 1);
         fill(tensors.back());
-        parts.push_back({ tensors.back().data() + n % 2, stride, uint32_t(n), token_bytes });
-        token_bytes += n;
+        n_bytes += n % 2; // some rows lie at odd places
+        slices.push_back({ tensors.back().data() + n % 2, stride, cells_at[list], n_bytes, n, uint32_t(lists[list].size()) });
+        n_bytes += n*lists[list].size();
+        n_rows = std::max(n_rows, slices.back().n_rows);
     }
-    for (const std::vector<uint32_t> & cells : { std::vector<uint32_t>{ 11 }, { 36, 0, 5, 4, 29 }, {} }) {
-        for (const shim::order order : ORDERS) {
-            shim::thread_order = order;
-            const auto before = tensors;
-            std::vector<uint8_t> staging(cells.size()*token_bytes + 64, 0xaa);
-            const uint64_t n_before = shim::n_launches;
-            CHECK(cuda::move_rows(parts.data(), uint32_t(parts.size()), cells.data(), uint32_t(cells.size()), staging.data(), token_bytes, true, nullptr) == nullptr);
-            CHECK(shim::n_launches - n_before == !cells.empty());
-            CHECK(tensors == before);
-            CHECK(std::all_of(staging.end() - 64, staging.end(), [](uint8_t b) { return b == 0xaa; }));
-            for (size_t i = 0; i < cells.size(); ++i) {
-                for (const cuda::row_part & p : parts) {
-                    CHECK(std::memcmp(staging.data() + i*token_bytes + p.offset, p.base + cells[i]*p.stride, p.row_bytes) == 0);
-                }
-            }
-            for (size_t i = 0; i < cells.size(); ++i) { // other bytes come back
-                for (const cuda::row_part & p : parts) {
-                    std::memset(p.base + cells[i]*p.stride, 0, p.row_bytes);
-                }
-            }
-            CHECK(cuda::move_rows(parts.data(), uint32_t(parts.size()), cells.data(), uint32_t(cells.size()), staging.data(), token_bytes, false, nullptr) == nullptr);
-            CHECK(tensors == before);
+    for (const shim::order order : ORDERS) {
+        shim::thread_order = order;
+        const auto before = tensors;
+        std::vector<uint8_t> crossing(n_bytes + 64, 0xaa);
+        std::memcpy(crossing.data(), slices.data(), slices.size()*sizeof(row_slice));
+        for (size_t i = 0; i < lists.size(); ++i) {
+            std::memcpy(crossing.data() + cells_at[i], lists[i].data(), lists[i].size()*sizeof(uint32_t));
         }
+        const uint64_t n_before = shim::n_launches;
+        CHECK(cuda::move_rows(crossing.data(), uint32_t(slices.size()), n_rows, true, nullptr) == nullptr);
+        CHECK(shim::n_launches - n_before == 1 && tensors == before);
+        CHECK(std::all_of(crossing.end() - 64, crossing.end(), [](uint8_t b) { return b == 0xaa; }));
+        for (size_t i = 0; i < slices.size(); ++i) {
+            const row_slice & s = slices[i];
+            for (uint32_t row = 0; row < s.n_rows; ++row) { // other bytes come back
+                uint8_t * cell = s.base + lists[i % lists.size()][row]*s.stride;
+                CHECK(std::memcmp(crossing.data() + s.rows_at + row*s.row_bytes, cell, s.row_bytes) == 0);
+                std::memset(cell, 0, s.row_bytes);
+            }
+        }
+        CHECK(tensors != before);
+        CHECK(cuda::move_rows(crossing.data(), uint32_t(slices.size()), n_rows, false, nullptr) == nullptr);
+        CHECK(tensors == before);
     }
+    const uint64_t n_before = shim::n_launches;
+    CHECK(cuda::move_rows(nullptr, 0, 0, true, nullptr) == nullptr && cuda::move_rows(nullptr, 3, 0, true, nullptr) == nullptr);
+    CHECK(cuda::move_rows(nullptr, 70000, 1, true, nullptr) != nullptr && shim::n_launches == n_before);
+    CHECK(cuda::lacks_row_kernel() == nullptr);
 }
 
 TEST(entropy, "an output row has the three numbers that the policy's own function gives, for odd logits, too") {

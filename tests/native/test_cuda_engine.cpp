@@ -2,6 +2,7 @@
 // that does nothing until somebody waits for it, beside the same contexts with the portable graph.
 #include "tiny.h"
 
+#include "cuda/copier.h"
 #include "cuda/kernels.h"
 #include "cuda/outputs.h"
 #include "cuda/scorer.h"
@@ -13,9 +14,10 @@
 
 namespace {
 
-bool wants_cuda = false;
+bool wants_cuda = false, wants_copier = false;
 const bool added = asrkf::add_scorer_kind({ [](ggml_backend_dev_t) { return wants_cuda; }, asrkf::cuda::make_scorer });
 const bool reads = asrkf::add_output_reader_kind({ [](ggml_backend_dev_t) { return wants_cuda; }, asrkf::cuda::make_output_reader });
+const bool moves = asrkf::add_row_copier_kind({ [](ggml_backend_dev_t) { return wants_copier; }, asrkf::cuda::make_row_copier });
 const bool delays = shim::delays = true;
 
 struct free_context { void operator()(llama_context * ctx) const { llama_free(ctx); } };
@@ -131,6 +133,31 @@ TEST(first_decision, "from the same rows and the same index the first decision f
     const double agree = agreement(cuda, graph, 0);
     std::printf("first decision: %.4f\n", agree);
     CHECK(agree > 0.99);
+}
+
+TEST(copied, "with rows moved by the kernel the model says the same, bit for bit, as with rows moved by a graph; and needs no staging buffer") {
+    const auto logits_of = [](const char * policy, bool copier, bool pins) {
+        wants_copier = copier;
+        shim::pins   = pins;
+        const context ctx = make(policy, true);
+        wants_copier = false;
+        CHECK(extend(ctx, { 0 }, 512) == 0 && extend(ctx, { 0 }, 188) == 0);
+        std::vector<float> all;
+        for (int i = 0; i < 40; ++i) {
+            CHECK(extend(ctx, { 0 }, 1) == 0);
+            const float * logits = llama_get_logits_ith(ctx.get(), -1);
+            all.insert(all.end(), logits, logits + 256);
+        }
+        const asrkf_stats stats = stats_of(ctx.get());
+        CHECK(stats.moves_to_host_total > 0 && stats.moves_to_device_total > 0 && (stats.device_staging_bytes == 0) == (copier && pins));
+        return all;
+    };
+    for (const char * policy : { "asrkf,layers=0@512/1@768,window=64,moves=staged", "asrkf,pool=512,layers=shared,window=64,moves=staged,state=upstream" }) {
+        const std::vector<float> expected = logits_of(policy, false, true);
+        CHECK(logits_of(policy, true, true) == expected);
+        CHECK(logits_of(policy, true, false) == expected);
+    }
+    shim::pins = true;
 }
 
 TEST(outputs, "recovery and a caller have the entropies that the host finds, whoever draws the tokens") {

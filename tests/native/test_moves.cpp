@@ -1,7 +1,10 @@
-// Host store and row mover on ggml's CPU backend, and on a device that delays: bytes, budget, both transfer modes.
+// Host store and row mover on ggml's CPU backend, and on a device that delays: bytes, budget, both transfer modes; there rows are moved by
+// a graph, or by the CUDA copier, whose kernel runs on the CPU (cuda_shim.h).
 #include "check.h"
 #include "delaying.h"
 
+#include "cuda/copier.h"
+#include "cuda/kernels.h"
 #include "store/host_store.h"
 #include "store/row_mover.h"
 
@@ -10,10 +13,18 @@
 
 #include <cstring>
 #include <random>
+#include <utility>
 
 using namespace asrkf;
 
 namespace {
+
+// Who moves rows on a device that delays.
+enum class way { graph, copier, copier_unpinned };
+constexpr way ALL_WAYS[] = { way::graph, way::copier, way::copier_unpinned };
+
+bool wants_copier = false;
+const bool added  = add_row_copier_kind({ [](ggml_backend_dev_t) { return wants_copier; }, cuda::make_row_copier });
 
 struct cache {
     ggml_context_ptr        ctx;
@@ -107,6 +118,11 @@ struct delayed_groups {
     static constexpr uint32_t N_CELLS = 300;
     static constexpr size_t   N_GROUPS = 12;
 
+    explicit delayed_groups(way w = way::graph) {
+        shim::delays = true;
+        wants_copier = w != way::graph;
+        shim::pins   = w == way::copier;
+    }
     void make() {
         std::vector<std::vector<ggml_tensor *>> tensors;
         for (int ig = 0; ig < int(N_GROUPS); ++ig) {
@@ -174,9 +190,9 @@ struct delayed_groups {
 } // namespace
 
 TEST(delayed, "on a device that works only when it is waited for, rows are gathered before their cells are overwritten, and are there when they are read") {
-    for (const bool uploads_first : { false, true }) {
+    for (const auto & [uploads_first, w] : { std::pair(false, way::graph), { true, way::graph }, { false, way::copier }, { true, way::copier }, { false, way::copier_unpinned } }) {
         for (const uint32_t step : { 20, 1 }) { // in one piece, in several
-            delayed_groups g;
+            delayed_groups g(w);
             g.device.uploads_first = uploads_first;
             g.make();
             const auto cells = some_cells(delayed_groups::N_CELLS, step);
@@ -202,8 +218,8 @@ TEST(delayed, "on a device that works only when it is waited for, rows are gathe
 }
 
 TEST(exchanged, "what leaves and what comes back cross in one decision, though nothing has moved before both are queued") {
-    for (const bool uploads_first : { false, true }) {
-        delayed_groups g;
+    for (const auto & [uploads_first, w] : { std::pair(false, way::graph), { true, way::graph }, { false, way::copier }, { true, way::copier }, { true, way::copier_unpinned } }) {
+        delayed_groups g(w);
         g.device.uploads_first = uploads_first;
         g.make();
         const auto before = g.bytes();
@@ -259,16 +275,77 @@ TEST(few_calls, "a call is one upload, one graph and one download, whatever the 
     CHECK(g.hold_originals(some_cells(300, 1), false));
 }
 
+TEST(one_launch, "a copier that reaches the host's memory takes one launch a call, and no staging buffer; one that does not uploads and downloads") {
+    for (const way w : { way::copier, way::copier_unpinned }) {
+        delayed_groups g(w);
+        g.make();
+        const bool reaches = w == way::copier;
+        CHECK((g.mover->staging_bytes() == 0) == reaches && g.mover->notes().empty());
+        const uint64_t n_before = shim::n_launches;
+        g.mover->get(g.rows(some_cells(64, 1)));
+        g.mover->settle();
+        g.mover->set(g.rows(some_cells(64, 1)));
+        ggml_backend_synchronize(&g.device.backend);
+        CHECK(shim::n_launches == n_before + 2 && g.device.n_graphs == 0);
+        CHECK(g.device.n_uploads == (reaches ? 0 : 2) && g.device.n_downloads == (reaches ? 0 : 1));
+        g.mover->get(g.rows(some_cells(300, 1))); // of 64 each
+        CHECK(g.hold_originals(some_cells(300, 1), false));
+        CHECK(shim::n_launches == n_before + 2 + 5);
+    }
+}
+
+TEST(no_copier, "where the copier cannot be made a graph moves rows, and it is said why") {
+    for (const int fault : { 1, 2, 3, 4 }) { // whose memory, the current device, the kernel, a stream
+        delayed_groups g(way::copier);
+        shim::fail_in = fault;
+        g.make();
+        CHECK(shim::fail_in == 0 && g.mover->notes().size() == 1 && g.mover->notes()[0].find("rows on delaying are moved by a graph: ") == 0);
+        const auto cells = some_cells(64, 1);
+        g.mover->get(g.rows(cells));
+        CHECK(g.hold_originals(cells, false) && g.device.n_graphs == 1 && g.mover->staging_bytes() > 0);
+    }
+    CHECK(shim::n_alive == 0);
+}
+
+TEST(failing_copier, "whichever call of CUDA's fails, rows are moved or the move says so, and the next one works") {
+    for (const way w : { way::copier, way::copier_unpinned }) {
+        for (const bool to_host : { true, false }) {
+            int n_refused = 0, fault = 0;
+            do {
+                delayed_groups g(w);
+                g.make();
+                const auto cells = some_cells(delayed_groups::N_CELLS, 10);
+                g.mover->get(g.rows(cells));
+                g.mover->settle();
+                const auto before = g.bytes();
+                shim::fail_in = ++fault;
+                const std::string why = thrown([&] { to_host ? g.mover->get(g.rows(cells)) : g.mover->set(g.rows(cells)); });
+                n_refused += !why.empty();
+                CHECK(why.empty() || why.find("CUDA failed to ") != std::string::npos);
+                if (std::exchange(shim::fail_in, 0) > 0) { // no call is left that could fail
+                    break;
+                }
+                g.mover->get(g.rows(cells));
+                CHECK(g.hold_originals(cells, false) && g.bytes() == before);
+            } while (true);
+            CHECK(n_refused >= 3);
+        }
+    }
+    CHECK(shim::n_alive == 0);
+}
+
 TEST(no_events, "a device without events is waited for at once") {
-    delayed_groups g;
-    g.device.has_events = false;
-    g.make();
-    const auto cells = some_cells(delayed_groups::N_CELLS, 1);
-    g.mover->get(g.rows(cells));
-    CHECK(g.device.queue.n_waiting() == 0);
-    CHECK(g.hold_originals(cells, false));
-    g.mover->set(g.rows(cells));
-    CHECK(g.device.queue.n_waiting() == 0);
+    for (const way w : ALL_WAYS) {
+        delayed_groups g(w);
+        g.device.has_events = false;
+        g.make();
+        const auto cells = some_cells(delayed_groups::N_CELLS, 1);
+        g.mover->get(g.rows(cells));
+        CHECK(g.device.queue.n_waiting() == 0);
+        CHECK(g.hold_originals(cells, false));
+        g.mover->set(g.rows(cells));
+        CHECK(g.device.queue.n_waiting() == 0);
+    }
 }
 
 TEST(failing_graph, "a device that fails leaves nothing on its way, in any piece") {
@@ -298,15 +375,18 @@ TEST(failing_graph, "a device that fails leaves nothing on its way, in any piece
 }
 
 TEST(dropped, "a mover that goes with rows on their way writes to no slot afterwards") {
-    delayed_groups g;
-    g.make();
-    g.mover->get(g.rows(some_cells(64, 1)));
-    CHECK(g.device.queue.n_waiting() > 0);
-} // its stores are freed without it
+    for (const way w : ALL_WAYS) {
+        delayed_groups g(w);
+        g.make();
+        g.mover->get(g.rows(some_cells(64, 1)));
+        CHECK(g.device.queue.n_waiting() > 0);
+    } // its stores are freed without it
+    CHECK(shim::n_alive == 0 && shim::n_left == 0);
+}
 
 TEST(pageable, "memory that cannot be pinned is noted, and works") {
     for (const bool can_pin : { true, false }) {
-        delayed_groups g;
+        delayed_groups g(can_pin ? way::graph : way::copier_unpinned);
         g.device.can_pin = can_pin;
         g.make();
         CHECK(g.budget.is_pageable == !can_pin);
