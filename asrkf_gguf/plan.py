@@ -190,7 +190,8 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
                     stats, rows = read_stats(context), [row for row in read_device_memory(context) if card is None or not row.is_host]
             except ValueError as error:
                 return Side(label, refused=str(error))
-            kind = stats.type_k or kind
+            if stats.type_k:
+                kind = stats.type_k if stats.type_k == stats.type_v else f"{stats.type_k}/{stats.type_v}"
             cache, graphs = (sum(getattr(row, field) for row in rows) for field in ("cache_bytes", "compute_bytes"))
             compute = stats.device_compute_bytes  # the model's graphs, and those of the scores, which count as the context's
             cache -= max(0, compute - graphs)

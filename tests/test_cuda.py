@@ -75,6 +75,13 @@ def test_a_build_with_cuda_puts_the_kernels_into_libllama_for_ggmls_own_architec
     assert "native/cuda/CMakeFiles/asrkf_cuda.dir/scorer.cpp.o" in library.splitlines()[0] and "libcudart.so" in library
 
 
+def test_flash_attention_has_a_kernel_for_each_type_that_the_engine_chooses(cuda_build):
+    rules = (cuda_build[0] / "build.ninja").read_text()
+    compiled = set(re.findall(r"fattn-vec-instance-(\w+)-(\w+)\.cu", rules))
+    assert {("f16", "f16"), ("q8_0", "q8_0"), ("q8_0", "q5_0")} <= compiled
+    assert "-DGGML_CUDA_FA_Q8_0_Q5_0=1" in rules
+
+
 def test_with_cudas_own_runtime_an_index_on_no_card_is_refused_with_a_reason(cuda_build, tmp_path):
     build, runtime = cuda_build
     tree = subprocess.run([sys.executable, str(ROOT / "scripts/llama_tree.py"), "prepare"], capture_output=True, text=True, check=True).stdout.strip()

@@ -69,13 +69,17 @@ def test_the_same_bytes_are_asked_for_of_every_policy():
 
 def test_all_sides_are_judged_at_the_first_length_and_the_main_ones_at_all(monkeypatch):
     monkeypatch.setattr(judge, "has_gates", lambda model: False)
-    arguments = argparse.Namespace(model=Path("model.gguf"), length=[4096, 2048])
+    arguments = argparse.Namespace(model=Path("model.gguf"), length=[4096, 2048], judged_sides=[])
     reference, others = judge.parts_of(arguments, ["five-facts", "niah-single"])
     assert {part.name for part in reference} == {f"full-f16 {what}" for what in ("4096 texts", "2048 texts", "4096 five-facts", "4096 niah-single")}
     names = [part.name for part in others]
     assert len(names) == len(set(names)) and not any("kvzip" in name for name in names)
     assert "window 1/3 4096 texts" in names and "window 1/3 2048 texts" not in names and "asrkf 1/8 2048 texts" in names
     assert "window 1/3 4096 five-facts" in names and "window 1/3 4096 niah-single" not in names  # whose prompts are not shared
+    arguments.judged_sides = ["asrkf 1/8", "random 1/3"]
+    chosen = judge.parts_of(arguments, ["five-facts"])[1]
+    assert {part.name for part in chosen} == {"asrkf 1/8 4096 texts", "asrkf 1/8 2048 texts", "random 1/3 4096 texts", "asrkf 1/8 4096 five-facts",
+                                              "random 1/3 4096 five-facts"}  # fmt: skip
 
 
 def row(**values):

@@ -94,6 +94,7 @@ def _add_judge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--needles", type=int, default=30, help="questions a task (default 30)")
     command.add_argument("--task", action="append", choices=JUDGED_TASKS, help="repeatable (default: all)")
     command.add_argument("--only", choices=("texts", "tasks"), default="", help="leave the other half out")
+    command.add_argument("--side", action="append", default=[], dest="judged_sides", metavar="NAME", help="of the table, repeatable (default: all)")
     command.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="as in quality")
     command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
     command.add_argument("--out", type=Path, metavar="FOLDER", help="where its rows go (default results/)")

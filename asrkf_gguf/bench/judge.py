@@ -35,14 +35,17 @@ from .quality import Quality
 from .records import DESCRIPTION, Table, describe, load_record, results_file
 from .sides import REFERENCE, Side, parse_side
 
-# A third, a quarter and an eighth of the F16 cache's bytes; K, V, index and gates count. Q8_0 cells, since they buy more than F16's.
+# A third, a quarter and an eighth of the F16 cache's bytes; K, V, index and gates count. K in Q8_0 and V in Q5_0, which buy most; the same in
+# Q8_0, as the other policies have it.
+SHARES = (("1/3", "33.3%"), ("1/4", "25%"), ("1/8", "12.5%"))
 BASE = "full-q8_0"
 MAIN = (
     BASE, "full-q4_0",
-    *(f"asrkf {share}=asrkf,pool={pool};type=q8_0" for share, pool in (("1/3", "33.3%"), ("1/4", "25%"), ("1/8", "12.5%"))),
+    *(f"asrkf {share}=asrkf,pool={pool};type=q8_0/q5_0" for share, pool in SHARES),
 )  # fmt: skip
 OTHERS = (
-    "full-q8_0-q4_0=full;type=q8_0/q4_0", "asrkf 1/3 f16=asrkf,pool=33.3%;type=f16",
+    "full-q8_0-q5_0=full;type=q8_0/q5_0", "full-q8_0-q4_0=full;type=q8_0/q4_0", "asrkf 1/3 f16=asrkf,pool=33.3%;type=f16",
+    *(f"asrkf {share} q8_0=asrkf,pool={pool};type=q8_0" for share, pool in SHARES),
     *(f"{policy} 1/3={policy},pool=33.3%;type=q8_0" for policy in ("kvzip", "refreekv", "window", "random", "paper")),
 )
 ASKED = ("full-f16", BASE, "asrkf 1/3", "asrkf 1/8")  # in every task; the other sides where questions share a prompt
@@ -95,6 +98,8 @@ def parts_of(arguments: argparse.Namespace, tasks: list[str]) -> tuple[list[Part
     others += [Part(side, first) for side in all_sides[len(main) :]]
     others += [Part(side, length) for length in more for side in main[1:]]
     others += [Part(side, first, task) for task in tasks for side in all_sides[1:] if side.name not in ASKED and TASKS[task].n_questions > 1]
+    if arguments.judged_sides:
+        others = [part for part in others if part.side.name in arguments.judged_sides]
     return reference, others
 
 
@@ -181,6 +186,9 @@ def summary(arguments: argparse.Namespace, side: Side, length: int) -> Optional[
 
 
 def judge(arguments: argparse.Namespace) -> int:
+    known = [text.partition("=")[0] for text in (*MAIN, *OTHERS)]
+    if unknown := next((name for name in arguments.judged_sides if name not in known), None):
+        raise ValueError(f"--side {unknown}: the judge has {', '.join(known)}")
     tasks = arguments.task or list(JUDGED_TASKS)
     folder = arguments.out or results_file("judge.csv").parent
     for model in [resolve_model(name) for name in arguments.models or ["smollm2"]]:

@@ -36,9 +36,10 @@ def _of_upstream(report: Report, q8_0: Optional[Measured]) -> str:
 
 def _of_pool(pool: Measured, whole: Measured, q4_0: Optional[Measured]) -> str:
     (side, mine), (other_side, other) = pool, whole
-    if not mine.frozen_cells:
-        return f"{side.name}: all tokens fit it in {side.type_k}, so nothing was frozen; it is a full cache."
     size = _bytes(side) / _bytes(other_side)
+    if not mine.frozen_cells:
+        beside = f"{size:.2f} x the bytes of {other_side.name}, KL {mine.kl_mean:.4f}"
+        return f"{side.name}: all tokens fit it in {side.types}, so nothing was frozen; it is a full cache: {beside}."
     read = mine.read_tokens_per_second.median / other.read_tokens_per_second.median
     decoded = mine.decode_tokens_per_second.median / other.decode_tokens_per_second.median
     beside = f"{size:.2f} x the bytes, reads at {read:.2f} x and decodes at {decoded:.2f} x the speed"

@@ -93,6 +93,11 @@ class SideReport:
     facts_found: int
     facts_asked: int
 
+    @property
+    def types(self) -> str:
+        """Of K and V: "q8_0", "q8_0/q5_0"."""
+        return self.type_k if self.type_k == self.type_v else f"{self.type_k}/{self.type_v}"
+
     def at(self, depth: int) -> Optional[Figures]:
         """None if this side was not read so far."""
         return next((figures for figures in self.depths if figures.depth == depth), None)

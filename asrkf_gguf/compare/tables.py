@@ -38,9 +38,8 @@ def _memory(report: Report) -> Table:
     def row(side: SideReport) -> list[str]:
         if side.memory is None:
             return [side.name]
-        types = side.type_k if side.type_k == side.type_v else f"{side.type_k}/{side.type_v}"
         sizes = (f"{getattr(side.memory, name) / MIB:.1f}" for name in kinds.values())
-        return [side.name, types, f"{side.pool_cells:,}", *sizes, f"{side.load_seconds.median:.2f}" if side.load_seconds else ""]
+        return [side.name, side.types, f"{side.pool_cells:,}", *sizes, f"{side.load_seconds.median:.2f}" if side.load_seconds else ""]
 
     weights = ", ".join(f"{size / MIB:.1f} MiB on {name}" for name, size in report.weights_bytes.items() if size)
     return Table(f"Memory, MiB (weights: {weights})", ("cache", "type", "cells", *kinds, "load s"), [row(side) for side in report.sides])

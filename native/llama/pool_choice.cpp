@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <optional>
+#include <utility>
 
 namespace asrkf {
 
@@ -144,6 +145,15 @@ uint64_t kv_bytes_of(const settings & config, const llama_memory_params & params
 
 constexpr uint32_t MEAN_STEP_CELLS = 8; // of a mean over layers, which have whole units each
 
+// What types=auto takes, of K and V, where all tokens in F16 do not fit: the first that holds all, else the last. V bears five bits where K
+// does not: docs/results.md, "Fewer bits or fewer tokens".
+constexpr std::pair<ggml_type, ggml_type> SMALLER_TYPES[] = { { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 }, { GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 } };
+
+std::string names_of(const llama_memory_params & types) {
+    const char * k = ggml_type_name(types.type_k), * v = ggml_type_name(types.type_v);
+    return types.type_k == types.type_v ? k : format("%s and %s", k, v);
+}
+
 class chooser {
 public:
     chooser(const settings & asked, const llama_memory_params & params)
@@ -185,9 +195,10 @@ private:
     uint64_t beside_pool(const llama_memory_params & types, uint32_t cells) const;
     uint64_t shortage(const llama_memory_params & types, uint32_t cells) const;
     uint32_t most_cells(const llama_memory_params & types) const;
-    llama_memory_params typed(ggml_type type) const {
+    llama_memory_params typed(ggml_type type_k, ggml_type type_v) const {
         llama_memory_params other = params;
-        other.type_k = other.type_v = type;
+        other.type_k = type_k;
+        other.type_v = type_v;
         return other;
     }
     std::string why_not(const llama_memory_params & types) const;
@@ -310,10 +321,14 @@ pool_choice chooser::choose() const {
     std::vector<llama_memory_params> candidates = { params };
     std::string note;
     if (asked.types == TYPES_AUTO) {
-        candidates = { typed(GGML_TYPE_F16), typed(GGML_TYPE_Q8_0) };
-        if (const std::string no = why_not(candidates.back()); !no.empty()) {
-            candidates.pop_back();
-            note = "; not q8_0: " + no;
+        candidates = { typed(GGML_TYPE_F16, GGML_TYPE_F16) };
+        for (const auto & [type_k, type_v] : SMALLER_TYPES) {
+            const llama_memory_params smaller = typed(type_k, type_v);
+            if (const std::string no = why_not(smaller); !no.empty()) {
+                note = "; not " + names_of(smaller) + ": " + no;
+                break;
+            }
+            candidates.push_back(smaller);
         }
     }
     pool_choice chosen = { asked, candidates.back(), "" };
@@ -328,15 +343,17 @@ pool_choice chooser::choose() const {
     if (cells == 0) {
         refuse_all(chosen.params);
     }
+    if (cells == asked.n_ctx) {
+        note.clear(); // smaller types would not have been taken
+    }
     const ggml_type k = chosen.params.type_k, v = chosen.params.type_v;
-    if (cells < asked.n_ctx && asked.types == TYPES_GIVEN && k != GGML_TYPE_Q8_0 && why_not(typed(GGML_TYPE_Q8_0)).empty()) {
-        const llama_memory_params small = typed(GGML_TYPE_Q8_0);
+    if (cells < asked.n_ctx && asked.types == TYPES_GIVEN && k != GGML_TYPE_Q8_0 && why_not(typed(GGML_TYPE_Q8_0, GGML_TYPE_Q8_0)).empty()) {
+        const llama_memory_params small = typed(GGML_TYPE_Q8_0, GGML_TYPE_Q8_0);
         const uint32_t more = most_cells(small);
         note = format("; in q8_0 (-ctk q8_0 -ctv q8_0) it would have %u", more ? mean_cells(small, more) : 0);
     }
-    const std::string types = k == v ? ggml_type_name(k) : format("%s and %s", ggml_type_name(k), ggml_type_name(v));
     chosen.text    = format("pool: %s%u %scells in %s%s, %s%s", cells < asked.n_ctx ? "" : "all ", mean_cells(chosen.params, cells), cells < asked.n_ctx ? format("of %u ", asked.n_ctx).c_str() : "",
-            types.c_str(), cells < asked.n_ctx || make_policy_params(asked, 1).cuts ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
+            names_of(chosen.params).c_str(), cells < asked.n_ctx || make_policy_params(asked, 1).cuts ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
     chosen.is_less = cells < asked.n_ctx || k != params.type_k || v != params.type_v;
     chosen.config  = with_cells(cells);
     return chosen;
