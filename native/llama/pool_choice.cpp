@@ -313,7 +313,7 @@ void chooser::refuse_all(const llama_memory_params & types) const {
                 (unsigned long long) given_bytes, least_cells, (unsigned long long) (given_bytes + beside_pool(types, least_cells) + missing)));
     }
     throw error(ASRKF_POOL_FULL, format("pool=auto: the smallest pool, %u of %u cells in %s, does not fit, %s are missing (%s): lower n_ctx, n_gpu_layers or n_ubatch, take a smaller "
-            "cache type, or set kv_pool%s", least_cells, asked.n_ctx, ggml_type_name(types.type_k), human(missing).c_str(), reason(types, least_cells).c_str(),
+            "cache type, or set kv_pool%s", least_cells, asked.n_ctx, names_of(types).c_str(), human(missing).c_str(), reason(types, least_cells).c_str(),
             there.ram && !asked.device_limit ? "; on a CPU frozen tokens lie in the same RAM as the pool, so a smaller one saves none" : ""));
 }
 
