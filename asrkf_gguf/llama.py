@@ -48,7 +48,7 @@ class Llama(LlamaBase):
     kv_pool: "auto" (what fits the device; the default), cells of the pool (2048; a mean over the layers, see docs/policy.md), part of n_ctx
         (0.25), bytes of K, V and index on the device ("512MiB", rounded down: a bound), or a part of a full F16 cache's ("33%").
     type_k, type_v: the cache's types. If neither is named, a pool of bytes has the best that it has room for: all tokens in F16,
-        else all in Q8_0, else all with K in Q8_0 and V in Q5_0, else a pool of those.
+        else all in Q8_0, else (on a GPU) all with K in Q8_0 and V in Q5_0, else a pool of the last.
     kv_regenerate: with recovery=full, how many of the newest tokens a full reset in the middle of an answer takes back and
         samples anew, now that what was frozen is there (the paper's rewalk regeneration). So many are held back from the
         caller. None: 8 for answers that are returned whole, 0 where the caller sees tokens as they come (stream, generate()).

@@ -21,7 +21,7 @@ from asrkf_gguf import FreezeConfig, Llama
         ({"kv_pool": -1}, "pool=-1 must be positive"),
         ({"kv_pool": 4096}, "pool of 4096 cells is larger than n_ctx 2048"),
         ({"kv_pool": "1MiB"}, "raise kv_pool to at least"),
-        ({"kv_policy": "asrkf,device_limit=500MiB"}, "the smallest pool, 256 of 2048 cells in q8_0 and q5_0, does not fit"),
+        ({"kv_policy": "asrkf,device_limit=500MiB"}, "the smallest pool, 256 of 2048 cells in q8_0, does not fit"),
         ({"kv_policy": "asrkf,types=auto", "kv_pool": 512}, "types=auto chooses by bytes"),
         ({"kv_pool": "120%"}, "at most 100%"),
         ({"kv_pool": 1.5}, "at most 1.0"),

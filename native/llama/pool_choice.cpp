@@ -146,7 +146,7 @@ uint64_t kv_bytes_of(const settings & config, const llama_memory_params & params
 constexpr uint32_t MEAN_STEP_CELLS = 8; // of a mean over layers, which have whole units each
 
 // What types=auto takes, of K and V, where all tokens in F16 do not fit: the first that holds all, else the last. V bears five bits where K
-// does not: docs/results.md, "Fewer bits or fewer tokens".
+// does not: docs/results.md, "Fewer bits or fewer tokens". A CPU is slower over them, and a pool saves it no RAM: there it is Q8_0.
 constexpr std::pair<ggml_type, ggml_type> SMALLER_TYPES[] = { { GGML_TYPE_Q8_0, GGML_TYPE_Q8_0 }, { GGML_TYPE_Q8_0, GGML_TYPE_Q5_0 } };
 
 std::string names_of(const llama_memory_params & types) {
@@ -202,6 +202,10 @@ private:
         return other;
     }
     std::string why_not(const llama_memory_params & types) const;
+    bool is_on_cpu() const {
+        const bytes_by_device devices = bytes_at(params, least_cells);
+        return !pretends(asked) && std::all_of(devices.begin(), devices.end(), [](const auto & one) { return is_cpu(one.first); });
+    }
     std::string reason(const llama_memory_params & types, uint32_t cells) const;
     [[noreturn]] void refuse_all(const llama_memory_params & types) const;
 
@@ -324,6 +328,9 @@ pool_choice chooser::choose() const {
         candidates = { typed(GGML_TYPE_F16, GGML_TYPE_F16) };
         for (const auto & [type_k, type_v] : SMALLER_TYPES) {
             const llama_memory_params smaller = typed(type_k, type_v);
+            if (type_k != type_v && is_on_cpu()) {
+                break;
+            }
             if (const std::string no = why_not(smaller); !no.empty()) {
                 note = "; not " + names_of(smaller) + ": " + no;
                 break;

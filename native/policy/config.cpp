@@ -31,7 +31,7 @@ const char * const policy_choices = "full|asrkf|paper|window|random|flag-all|ref
 // The table. The Python dataclass and docs/policy.md are checked against it.
 const field table[] = {
     { "pool", POOL, 0, "", 0, 0, "size of the pool: what fits the device (auto), cells (2048), part of n_ctx (0.25), bytes of K, V and index (512MiB), or so much of the bytes that a full F16 cache of the served layers takes (33%); with layers=each cells are a mean over the layers" },
-    { "types", CHOICE, AT(types), "given|auto", 0, 0, "types of K and V: the context's (-ctk, -ctv), or the best that the pool's bytes have room for: all tokens in f16, else all in q8_0, else all with V in q5_0, else a pool of those" },
+    { "types", CHOICE, AT(types), "given|auto", 0, 0, "types of K and V: the context's (-ctk, -ctv), or the best that the pool's bytes have room for: all tokens in f16, else all in q8_0, else (on a GPU) all with V in q5_0, else a pool of the last" },
     { "layers", TEXT, AT(layers), "", 0, 0, "one set of active tokens for all layers (\"shared\"), two layer groups by sensitivity (\"two\"), one per layer (\"each\"), or groups with a pool each, \"0-8@512/9-29@1024\"" },
     { "calibration", TEXT, AT(calibration), "", 0, 0, "file of asrkf calibrate with the layers' sensitivities, or \"off\" for a guess by depth; without it the model's own from the cache folder" },
     { "gates", TEXT, AT(gates), "", 0, 0, "file of asrkf gates, for score=gate; without it the model's own from the cache folder" },
