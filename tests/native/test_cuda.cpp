@@ -153,7 +153,7 @@ TEST(rows, "rows of any length, other cells of each tensor, cross and come back 
         std::vector<uint8_t> crossing(n_bytes + 64, 0xaa);
         std::memcpy(crossing.data(), slices.data(), slices.size()*sizeof(row_slice));
         for (size_t i = 0; i < lists.size(); ++i) {
-            std::memcpy(crossing.data() + cells_at[i], lists[i].data(), lists[i].size()*sizeof(uint32_t));
+            std::copy_n(reinterpret_cast<const uint8_t *>(lists[i].data()), lists[i].size()*sizeof(uint32_t), crossing.begin() + std::ptrdiff_t(cells_at[i]));
         }
         const uint64_t n_before = shim::n_launches;
         CHECK(cuda::move_rows(crossing.data(), uint32_t(slices.size()), n_rows, true, nullptr) == nullptr);
