@@ -24,7 +24,7 @@ from .family import loaded_model, whole_header
 from .header import parts_of
 from .llama import with_calibration
 from .models import resolve_model
-from .stats import human, read_device_memory, read_stats
+from .stats import human, read_device_memory, read_stats, types_of
 
 STAGED_TOKENS = 64  # that the staging buffer holds of each layer (STAGING_ROWS of native/store/row_mover.cpp)
 KINDS = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0, "q4_0": llama_cpp.GGML_TYPE_Q4_0}
@@ -190,8 +190,7 @@ def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: U
                     stats, rows = read_stats(context), [row for row in read_device_memory(context) if card is None or not row.is_host]
             except ValueError as error:
                 return Side(label, refused=str(error))
-            if stats.type_k:
-                kind = stats.type_k if stats.type_k == stats.type_v else f"{stats.type_k}/{stats.type_v}"
+            kind = types_of(stats) or kind
             cache, graphs = (sum(getattr(row, field) for row in rows) for field in ("cache_bytes", "compute_bytes"))
             compute = stats.device_compute_bytes  # the model's graphs, and those of the scores, which count as the context's
             cache -= max(0, compute - graphs)

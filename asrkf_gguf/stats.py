@@ -17,6 +17,11 @@ def human(n_bytes: int) -> str:
     return f"{n_bytes / (1 << 30):.2f} GiB" if n_bytes >= 1 << 30 else f"{n_bytes / MIB:.1f} MiB"
 
 
+def types_of(cache: Any) -> str:
+    """The types of K and V of what has type_k and type_v: "q8_0", or "q8_0/q5_0"."""
+    return cache.type_k if cache.type_k == cache.type_v else f"{cache.type_k}/{cache.type_v}"
+
+
 @dataclass(frozen=True)
 class GroupStats:
     """One layer group: layers that share one set of active tokens."""

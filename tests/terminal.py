@@ -25,6 +25,7 @@ class Terminal:
         self._status: int | None = None
         self._pid, self._screen = pty.fork()  # the child has the terminal for its own: Control-C reaches it
         if self._pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it, and children inherit that
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))  # bars fill a line; one of 0 columns holds none
             os.chdir(cwd or os.getcwd())
             os.execvpe(command[0], command, {**os.environ, "TERM": "dumb"})

@@ -84,7 +84,7 @@ PYTHON = {
     "compare.run": {
         "bench.measure", "bench.needles", "bench.sides", "compare.passages", "compare.progress", "compare.sides", "llama", "stats", "tasks",
     },
-    "compare.report": {"bench.measure", "bench.records", "bench.sides", "compare.run"},
+    "compare.report": {"bench.measure", "bench.records", "bench.sides", "compare.run", "stats"},
     "compare.reading": {"compare.report", "compare.sides", "stats"},
     "compare.tables": {"compare.report", "stats"},
     "compare.page": {"compare.report", "compare.sides", "compare.tables", "plotting", "stats"},

@@ -14,6 +14,7 @@ import numpy as np
 from ..bench.measure import Predictions, summarise
 from ..bench.records import describe
 from ..bench.sides import Side
+from ..stats import types_of
 from .run import AtDepth, Run, Visit
 
 VERSION = 1  # of the format
@@ -96,7 +97,7 @@ class SideReport:
     @property
     def types(self) -> str:
         """Of K and V: "q8_0", "q8_0/q5_0"."""
-        return self.type_k if self.type_k == self.type_v else f"{self.type_k}/{self.type_v}"
+        return types_of(self)
 
     def at(self, depth: int) -> Optional[Figures]:
         """None if this side was not read so far."""
