@@ -64,6 +64,7 @@ PYTHON = {
     "bench.needles": {"bench.measure", "bench.records", "bench.sides", "llama", "stats", "tasks", "texts"},
     "bench.looks": {"bench.measure", "bench.records", "bench.sides", "divergence", "llama", "models", "texts"},
     "bench.sensitivities": {"bench.records", "bench.tables", "calibrate", "calibration", "texts"},
+    "bench.pairs": {"bench.measure", "bench.records", "bench.tables", "calibration", "divergence", "family", "gates.file", "texts"},
     "bench.process": set(),  # upstream's side must not load our library
     "bench.speed": {"bench.records", "bench.sides", "stats", "texts"},
     "bench.tables": {"bench.records", "stats"},
@@ -74,8 +75,8 @@ PYTHON = {
     },
     "bench.plots": {"bench.measure", "bench.records", "bench.sides", "bench.tables", "plotting", "stats", "texts"},
     "bench.command": {
-        "bench.judge", "bench.judge_tables", "bench.looks", "bench.needles", "bench.plots", "bench.quality", "bench.sensitivities",
-        "bench.sides", "bench.speed", "bench.tables", "models", "tasks", "texts",
+        "bench.judge", "bench.judge_tables", "bench.looks", "bench.needles", "bench.pairs", "bench.plots", "bench.quality",
+        "bench.sensitivities", "bench.sides", "bench.speed", "bench.tables", "models", "tasks", "texts",
     },
     "bench": {"bench.command", "bench.records"},
     "compare.sides": {"bench.sides", "config"},

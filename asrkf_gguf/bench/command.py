@@ -11,6 +11,7 @@ from .judge import JUDGED_TASKS, judge
 from .judge_tables import table_of_equal_bytes, table_of_judge
 from .looks import looks
 from .needles import OWN_TASKS, needles
+from .pairs import pairs, table_of_pairs
 from .plots import plot
 from .quality import cuts, quality
 from .sensitivities import sensitivities, table_of_sensitivities
@@ -38,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         _add_speed(add("prefill", "reading a prompt, and peak resident bytes: ours and upstream's full cache", prefill), depth=8000, rounds=3)
         _add_sides(add("looks", "what a token missed, and what a second look gains; the first side is what all are compared with", looks))
         _add_sensitivities(add("sensitivities", "what each layer's history is worth, measured, beside what one pass says", sensitivities))
+        _add_pairs(add("pairs", "masks of pairs beside masks of tokens: what heads lose that share cells", pairs))
+        add("pairs-table", "the same as the table of docs/results.md", table_of_pairs)
         add("table", "the newest row of each figure of speed and prefill as the table of docs/results.md", table)
         add("quality-table", "the same of quality and needles", tables_of_quality)
         add("equal-bytes-table", "of the judge: upstream's caches and pools of a part of the full F16 cache's bytes", table_of_equal_bytes)
@@ -116,6 +119,14 @@ def _add_sensitivities(command: argparse.ArgumentParser) -> None:
     command.add_argument("--positions", type=int, default=512, help="last tokens of a text, which are compared (default 512)")
     command.add_argument("--cells", type=int, action="append", help="of the restricted layer, repeatable (default: 1/8, 1/4, 3/8 and 1/2 of length)")
     command.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+    command.add_argument("--again", action="store_true", help="measure anew what was measured")
+
+
+def _add_pairs(command: argparse.ArgumentParser) -> None:
+    _add_model(command)
+    command.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="as in quality")
+    command.add_argument("--length", type=int, default=2048, help="tokens of a text (default 2048)")
+    command.add_argument("--positions", type=int, default=512, help="last tokens of a text, which see a part of the others' pairs (default 512)")
     command.add_argument("--again", action="store_true", help="measure anew what was measured")
 
 
