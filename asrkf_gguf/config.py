@@ -92,6 +92,8 @@ class FreezeConfig:
     """Of refreekv, who goes first: the oldest tokens ("position"), or those with the lowest scores ("relevance")."""
     repeat: Optional[int] = None
     """Of refreekv: tokens that are generated between two cuts; 0: where a prompt ends, and never again."""
+    gate_threshold: Optional[float] = None
+    """Of kvzip: tokens whose gate says less are frozen even where the pool has room (0..1); 0: as many stay as the pool holds."""
     block: Optional[int] = None
     """Positions in a block, the unit of sealing."""
     pinned: Optional[str] = None

@@ -112,10 +112,31 @@ def test_in_every_layer_the_tokens_with_the_lowest_scores_are_frozen(tiny, tmp_p
     watched.close()
 
 
-def test_a_model_with_windows_has_gates_in_its_other_layers(load, tmp_path):
+def test_with_a_threshold_a_pool_that_holds_everything_freezes_what_scores_less(load, tiny, tmp_path):
+    gates, file = gates_of(tiny, tmp_path)
+    n, kept = 600, []
+    for threshold in (0.1, 0.2):
+        watched = Watched(tiny, f"kvzip,pool=1.0,window={WINDOW},gate_threshold={threshold},gates={file}", 1024, llama_cpp.GGML_TYPE_F16)
+        for begin in range(0, n, 50):
+            watched.decode(some_tokens(n)[begin : begin + 50])
+        watched.decode(some_tokens(16, 2))  # a step that decides
+        for il in (0, 1):
+            scores, frozen = gates.layers[il].scores(np.concatenate(watched.inputs[il])[:n]).max(1), watched.frozen(il, n + 16)[:n]
+            expected = scores < threshold
+            expected[:SINKS] = expected[n + 16 - WINDOW :] = False
+            assert not (frozen != expected)[abs(scores - threshold) > 0.005].any() and 20 < frozen.sum() < n - WINDOW - 20
+            kept.append(n - frozen.sum())
+        watched.close()
+    assert kept[0] > kept[2] and kept[1] > kept[3]
+    stats = load(tiny, n_ctx=1024, kv_policy=f"kvzip,window={WINDOW},gate_threshold=0.3,gates={file}", kv_pool=1.0).kv_stats()
+    assert stats.scoring_backend == "gates"
+
+
+@pytest.mark.parametrize("threshold", [0, 0.4])
+def test_a_model_with_windows_has_gates_in_its_other_layers(load, tmp_path, threshold):
     model = write_gemma3(tmp_path / "gemma3.gguf", 6)
     _, file = gates_of(model, tmp_path, layers=(5,))
-    llm = load(model, kv_policy=f"kvzip,gates={file}", kv_pool=512, n_ctx=2048, n_batch=64, n_ubatch=64)
+    llm = load(model, kv_policy=f"kvzip,gates={file},gate_threshold={threshold}", kv_pool=512, n_ctx=2048, n_batch=64, n_ubatch=64)
     llm.eval(some_tokens(1500))
     globals_, windowed = llm.kv_stats().groups
     assert globals_.frozen_cells >= 1500 - 512 and windowed.sliding_window == 64

@@ -85,6 +85,7 @@ struct asrkf_config {
     uint32_t rows;
     int32_t  order;
     uint32_t repeat;           /* tokens; 0: never */
+    float    gate_threshold;   /* of kvzip; 0: none */
     uint32_t block;
     uint32_t seed;
     int32_t  moves;

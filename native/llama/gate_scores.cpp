@@ -32,8 +32,11 @@ std::string found_gates(const settings & config) {
 } // namespace
 
 template <typename Groups> std::unique_ptr<gates> make_gates(const settings & config, const Groups & groups, ggml_backend_buffer_type_t host, bool no_alloc) {
-    const bool freezes = std::any_of(groups.begin(), groups.end(), [&](const group & g) { return !g.keeps_window && g.pool_cells < config.n_ctx; });
-    const std::string file = freezes && make_policy_params(config, 1).score == SCORE_GATE ? found_gates(config) : "";
+    const policy_params rule = make_policy_params(config, 1);
+    const bool freezes = std::any_of(groups.begin(), groups.end(), [&](const group & g) {
+        return !g.keeps_window && (g.pool_cells < config.n_ctx || rule.gate_threshold > 0);
+    });
+    const std::string file = freezes && rule.score == SCORE_GATE ? found_gates(config) : "";
     if (file.empty()) {
         return nullptr;
     }

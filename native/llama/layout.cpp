@@ -128,7 +128,8 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
     }
     const uint32_t mean_cells = resolve_pool(config, config.n_ctx);
     const std::string mode = config.layers;
-    if (mode == "each" && make_policy_params(config, 1).cuts) {
+    const policy_params rule = make_policy_params(config, 1);
+    if (mode == "each" && (rule.cuts || (rule.freezes_with_room() && mean_cells >= config.n_ctx))) {
         std::vector<group_budget> own; // of equal pools, also where each holds everything: which layer needs more, a prompt will show
         for (const layer_budget & l : layers) {
             own.push_back({ { l.il }, mean_cells });
@@ -188,6 +189,7 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     rules.sinks  = 0;
     rules.window = n_window;
     rules.timer_share = 0;
+    rules.gate_threshold = 0;
     const bool keeps_all = std::all_of(others.begin(), others.end(), [&](const group & g) { return g.pool_cells >= config.n_ctx; });
     const uint32_t all   = padded(config.n_ctx_seq), each = keeps_all ? all : std::min(all, padded(share));
     group g = make_group(config, rules, layers, config.unified ? std::min(all, config.n_seq_max*each) : config.n_seq_max*each);

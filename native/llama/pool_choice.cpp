@@ -360,7 +360,7 @@ pool_choice chooser::choose() const {
         note = format("; in q8_0 (-ctk q8_0 -ctv q8_0) it would have %u", more ? mean_cells(small, more) : 0);
     }
     chosen.text    = format("pool: %s%u %scells in %s%s, %s%s", cells < asked.n_ctx ? "" : "all ", mean_cells(chosen.params, cells), cells < asked.n_ctx ? format("of %u ", asked.n_ctx).c_str() : "",
-            names_of(chosen.params).c_str(), cells < asked.n_ctx || make_policy_params(asked, 1).cuts ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
+            names_of(chosen.params).c_str(), cells < asked.n_ctx || make_policy_params(asked, 1).freezes_with_room() ? "" : ", nothing will be frozen", reason(chosen.params, cells).c_str(), note.c_str());
     chosen.is_less = cells < asked.n_ctx || k != params.type_k || v != params.type_v;
     chosen.config  = with_cells(cells);
     return chosen;

@@ -59,6 +59,7 @@ struct policy::choice {
     void take_block(uint32_t index, size_t & n_wanted, cause c);
     void take_last_frozen();
     void take_timers();
+    void leave_below_threshold();
     void take_best();
     std::vector<uint32_t> blocks_asked_for(size_t n) const;
     float peak_of(const ranking::block & b) const;
@@ -252,6 +253,20 @@ void policy::choice::take_timers() {
 // the rest by score
 //
 
+// Every one that is active is looked at: a score never changes, but tokens leave the window, lose pins and come back otherwise.
+void policy::choice::leave_below_threshold() {
+    if (p.params.gate_threshold <= 0 || frugal) {
+        return;
+    }
+    each_open<true>(nullptr, nullptr, [&](uint32_t i) {
+        if (p.histories[i].score < p.params.gate_threshold) {
+            result.freeze.push_back(i);
+            chosen.put(i, true); // decided, and without a cell
+            n_judged--;
+        }
+    });
+}
+
 // The n worst of the active tokens that are judged: n_leave in any order, then the others, the worst first. They are looked for
 // from the lowest level up, and found where the n-th is worse than any of a higher level can be.
 std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_t n_leave) const {
@@ -311,6 +326,8 @@ void policy::choice::take_best() {
     } else if (n_compete > 0 && n_leave < going.size()) { // a worse one than this has no place to take
         coming = best_frozen(n_compete, p.ranks->level_of(going[n_leave].rank));
     }
+    // those stay frozen though there is room
+    coming.erase(std::find_if(coming.begin(), coming.end(), [&](const ranked & r) { return r.rank < p.params.gate_threshold; }), coming.end());
     size_t n_exchanged = 0;
     while (n_room + n_exchanged < std::min(n_compete, coming.size()) && n_leave + n_exchanged < going.size()
             && better_one()(coming[n_room + n_exchanged], going[n_leave + n_exchanged])) {
@@ -334,6 +351,7 @@ void policy::decide_by_budget(plan & result, uint32_t capacity, span h, uint32_t
     c.take_returning();
     c.take_asked_for();
     c.take_timers();
+    c.leave_below_threshold();
     c.take_best();
 }
 

@@ -61,6 +61,7 @@ const field table[] = {
     { "rows", INTEGER, AT(rows), "", 1, 64, "of refreekv: the newest queries whose attention is averaged for it" },
     { "order", CHOICE, AT(order), "position|relevance", 0, 0, "of refreekv: who goes first: the oldest tokens, or those with the lowest scores" },
     { "repeat", INTEGER, AT(repeat), "", 0, 1 << 20, "of refreekv: tokens that are generated between two cuts; 0: where a prompt ends, and never again" },
+    { "gate_threshold", REAL, AT(gate_threshold), "", 0, 1, "of kvzip: tokens whose gate says less are frozen even where the pool has room; 0: the best stay, as many as the pool holds" },
     { "block", INTEGER, AT(block), "", 8, 256, "positions in a block, the unit of sealing" },
     { "pinned", TEXT, AT(pinned), "", 0, 0, "position ranges that are never frozen, \"0-128+512-640\", ends excluded" },
     { "host_limit", BYTES, AT(host_limit), "", 0, 1e18, "most bytes of the host store (8GiB); 0: no limit" },
@@ -473,6 +474,9 @@ static void check_together(const asrkf_config & config) {
     }
     if (config.score == SCORE_GATE && (by_threshold || config.policy == ASRKF_POLICY_REFREEKV)) {
         invalid("score=gate is for the drivers that keep a budget: use kvzip, or asrkf with recall=off");
+    }
+    if (config.gate_threshold > 0 && config.score != SCORE_GATE) {
+        invalid("gate_threshold is for scores that gates give: use kvzip, or leave it out");
     }
     if (config.order == ORDER_RELEVANCE && config.score != SCORE_ATTENTION && config.score != SCORE_MAGNITUDE) {
         invalid("order=relevance goes by scores, and this score gives none: use score=attention or order=position");

@@ -30,6 +30,7 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.cuts        = config.policy == ASRKF_POLICY_REFREEKV;
     p.cuts_by_score = p.cuts && config.order == ORDER_RELEVANCE;
     p.tolerance   = config.tolerance;
+    p.gate_threshold = config.gate_threshold;
     // by position nobody asks for scores, and the bound is kept as a plain window keeps it
     p.score       = p.cuts && !p.cuts_by_score && config.recall == RECALL_OFF ? SCORE_RECENCY : score_kind(config.score);
     p.ema         = config.ema;
@@ -227,7 +228,7 @@ plan policy::decide(uint32_t n_new, int32_t pos_new, occasion why, bool frugal) 
     const int64_t n_free = int64_t(params.pool_cells) - n_active(); // below 0 where a share has shrunk
     const bool due = tokens_since_decide + n_new > params.interval;
     const bool nothing_comes = n_frozen() == 0 || (params.cuts && !params.recall && why == occasion::step);
-    const bool nothing_to_choose = nothing_comes && !params.threshold && n_free >= int64_t(n_new) + params.interval;
+    const bool nothing_to_choose = nothing_comes && !params.threshold && params.gate_threshold <= 0 && n_free >= int64_t(n_new) + params.interval;
     if (!protection_changed && n_free >= int64_t(n_new) && (nothing_to_choose || (!due && why == occasion::step))) {
         return result;
     }

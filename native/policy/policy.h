@@ -19,6 +19,7 @@
 // - cut (refreekv): where a prompt ends, by its last query's attention (norm_cut.h). Between cuts the budget driver only keeps
 //   the bound: nothing comes back because there is room.
 // kvzip (arXiv 2601.17668) is the budget driver with scores that never change: each token's gate has spoken when it was computed.
+// With a threshold the input decides how many stay: what scores less goes when it leaves the window.
 #pragma once
 
 #include "policy/config.h"
@@ -53,9 +54,11 @@ struct policy_params {
     bool       cuts          = false; // the driver of refreekv
     bool       cuts_by_score = false; // the lowest scores go first, not the oldest tokens
     float      tolerance     = 0;
+    float      gate_threshold = 0;    // what scores less is frozen even where there is room
     uint32_t   seed          = 0;
     bool       heeds_pins    = true;
 
+    bool freezes_with_room() const { return cuts || gate_threshold > 0; }
     bool wants_scores() const { return score == SCORE_ATTENTION || score == SCORE_MAGNITUDE; }
 };
 

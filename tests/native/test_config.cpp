@@ -79,6 +79,7 @@ TEST(refusals, "errors name key, value and remedy") {
     CHECK(says(thrown([] { config_parse("refreekv,repeat=0.5"); }), "whole number"));
     CHECK(says(thrown([] { config_parse("asrkf,score=gate"); }), "use recall=off"));
     CHECK(says(thrown([] { config_parse("paper,score=gate"); }), "use kvzip"));
+    CHECK(says(thrown([] { config_parse("asrkf,gate_threshold=0.1"); }), "use kvzip"));
     CHECK(thrown([] { config_parse("asrkf,score=gate,recall=off"); }).empty());
     CHECK(says(thrown([] { config_parse("refreekv,order=relevance,score=recency"); }), "order=relevance goes by scores"));
     CHECK(says(thrown([] { config_parse("asrkf,score=atention"); }), "did you mean \"attention\""));

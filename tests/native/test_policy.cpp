@@ -373,6 +373,47 @@ TEST(pins_and_window, "pinned tokens take of an automatic window what the rest o
     CHECK(active(282 - 127, 282) == 127); // what the window covers again has come back
 }
 
+TEST(gate_threshold, "what scores below a gate's threshold is frozen when it leaves the window, whatever room there is; a full pool lowers nobody's") {
+    policy_params p = make_policy_params(config_parse("kvzip,window=32,gate_threshold=0.5"), 512);
+    one_group rule(p);
+    const auto score = [](uint32_t i) { return i % 4 == 0 ? 0.75f : i % 4 == 1 ? 0.5f : 0.25f; }; // half of them stay
+    const auto read = [&](uint32_t n) {
+        for (uint32_t end = rule.n_tokens() + n; rule.n_tokens() < end; ) {
+            step(rule, 8);
+            for (uint32_t i = rule.n_tokens() - 8; i < rule.n_tokens(); ++i) {
+                rule.policy::observe(i, score(i), 0, 0);
+            }
+        }
+    };
+    read(256);
+    rule.commit(rule.decide(8, 256));
+    for (uint32_t i = 0; i < 256; ++i) {
+        CHECK(rule.is_frozen(i) == (i >= 4 && i < 256 + 8 - 32 && score(i) < 0.5f));
+    }
+    rule.set_pinned(6, true); // comes back, and stays while it is pinned
+    rule.commit(rule.decide(8, 256));
+    CHECK(!rule.is_frozen(6));
+    rule.set_pinned(6, false);
+    rule.commit(rule.decide(8, 256));
+    CHECK(rule.is_frozen(6));
+    read(1024); // more than 512 cells hold of the better half: the bound is the pool
+    CHECK(rule.n_active() <= 512 && rule.n_active() > 512 - 2*32);
+    uint32_t n_low = 0, n_best = 0, n_middle = 0;
+    for (uint32_t i = 4; i < rule.n_tokens() - 32; ++i) {
+        n_low    += !rule.is_frozen(i) && score(i) < 0.5f;
+        n_best   += rule.is_frozen(i) && score(i) > 0.5f;
+        n_middle += rule.is_frozen(i) && score(i) == 0.5f;
+    }
+    CHECK(n_low == 0 && n_best == 0 && n_middle > 100);
+    rule.erase(1000, rule.n_tokens()); // room again: the middle comes back, the rest does not
+    for (int i = 0; i < 4; ++i) {
+        rule.commit(rule.decide(8, 1000));
+    }
+    for (uint32_t i = 4; i < 1000 + 8 - 32; ++i) {
+        CHECK(rule.is_frozen(i) == (score(i) < 0.5f) || score(i) == 0.5f);
+    }
+}
+
 TEST(held, "a token frozen by request comes back by request only") {
     policy_params p = small(64, 0, 8, 1);
     p.timer_share = 0.5f;
