@@ -17,7 +17,7 @@ from .quality import cuts, quality
 from .sensitivities import sensitivities, table_of_sensitivities
 from .sides import default_sides
 from .speed import prefill, speed
-from .tables import table, table_of_calibration, table_of_looks, tables_of_quality, tables_of_readme
+from .tables import table, table_of_calibration, table_of_cuts, table_of_looks, tables_of_quality, tables_of_readme
 
 
 def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) -> None:
@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         return command
 
     _add_quality(add("quality", "perplexity and KL against the full cache", quality))
-    _add_quality(add("cuts", "the same of refreekv, with what its cuts kept: name sides such as 1%%=refreekv,pool=1.0,tolerance=0.01", cuts))
+    _add_quality(add("cuts", "the same, with what was kept by refreekv, or by kvzip with a threshold: name sides such as "
+                             "1%%=refreekv,pool=1.0,tolerance=0.01", cuts))
     _add_needles(add("needles", "facts found in long prompts", needles))
     _add_judge(add("judge", "all policies and upstream's caches at equal device bytes, in texts and tasks: one table", judge))
     _add_plot(add("plot", "a picture of rows, or of a run", plot))
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
         add("calibration-table", "of calibration.csv: the same pools with a calibration and without", table_of_calibration)
         add("sensitivities-table", "of sensitivities.csv: rank correlation with one pass, and the loss model", table_of_sensitivities)
         add("looks-table", "the same of looks", table_of_looks)
+        add("cuts-table", "the same of cuts", table_of_cuts)
         add("readme-tables", "README's small tables: what a pool gains, and what it costs", tables_of_readme)
 
 

@@ -49,6 +49,10 @@ class Quality:
     def columns(cls) -> list[str]:
         return [*QUALITY[:-1], *cls.more_figures, QUALITY[-1]]
 
+    def figures_of(self, stats: dict[str, Any]) -> dict[str, Any]:
+        """What the columns ask of kv_stats()."""
+        return {key: stats[key] for key in (*FIGURES, *self.more_figures) if key in stats}
+
     def run_of(self, side: Side, length: int, text: str) -> str:
         arguments = self.arguments
         digest = hashlib.sha256(self.texts[text].encode()).hexdigest()
@@ -98,12 +102,11 @@ class Quality:
         if keep is not None:
             keep.flush()
             part.rename(matrix_path)
-        more = self.more_figures if side != REFERENCE else ()  # the reference's record serves every kind
         reference_record = load_record(self.paths(REFERENCE, length, text)[0]) if side != REFERENCE else None
         reference_nll = reference_record["nll"] if reference_record else measured.nll
         decoded = arguments.passages * arguments.positions
         figures = {
-            **{key: measured.stats[key] for key in (*FIGURES, *more) if key in measured.stats},
+            **{key: value for key, value in self.figures_of(measured.stats).items() if key in FIGURES or side != REFERENCE},  # its record serves all
             **summarise(reference_nll, measured.nll, measured.kl, measured.agree),
             "moved_bytes_per_token": measured.moved_bytes / decoded, "restored_bytes_per_token": measured.restored_bytes / decoded,
             "rewalks": measured.rewalks, "decode_seconds_per_token": measured.seconds_per_token,
@@ -118,10 +121,14 @@ class Quality:
 
 
 class Cuts(Quality):
-    """The same of `refreekv`, with what it kept of the prompt of the last passage."""
+    """The same of policies that decide how much stays, with what they kept: `refreekv` of the prompt of the last passage, `kvzip` with a
+    threshold of all its tokens."""
 
     file = "refreekv.csv"
     more_figures = ("kept_ratio", "enough_cells")
+
+    def figures_of(self, stats: dict[str, Any]) -> dict[str, Any]:
+        return {**super().figures_of(stats), "kept_ratio": stats["kept_ratio"] if stats["cuts_total"] else stats["active_cells"] / stats["tokens"]}
 
 
 def pooled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

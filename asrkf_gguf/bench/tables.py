@@ -218,6 +218,22 @@ def looks_table() -> str:
     return "\n".join([*markdown(head, cells), *made_by(rows)])
 
 
+# cuts
+
+def cuts_table() -> str:
+    """Each text and side of refreekv, and what its cuts kept."""
+    rows = [row for row in newest(results_file("refreekv.csv"), "text", "length", "side") if row["kept_ratio"]]
+    head = ("text", "prompt tokens", "side", "kept", "KL, mean", "top-1")
+    cells = [
+        (
+            row["text"], str(int(row["length"]) - int(row["positions"])), spelled(row).replace(", pool=1.0", ""), f"{float(row['kept_ratio']):.1%}",
+            f"{float(row['kl_mean']):.4f} ± {float(row['kl_se']):.4f}", f"{float(row['top1_ratio']):.3f}",
+        )
+        for row in rows
+    ]  # fmt: skip
+    return "\n".join([*markdown(head, cells), *made_by(rows)])
+
+
 # commands
 
 def table(_arguments: argparse.Namespace) -> int:
@@ -237,6 +253,11 @@ def table_of_calibration(_arguments: argparse.Namespace) -> int:
 
 def table_of_looks(_arguments: argparse.Namespace) -> int:
     print(looks_table())
+    return 0
+
+
+def table_of_cuts(_arguments: argparse.Namespace) -> int:
+    print(cuts_table())
     return 0
 
 
