@@ -7,6 +7,7 @@
 #include "llama/prompt_cut.h"
 #include "llama/scores.h"
 #include "scoring/relevance.h"
+#include "store/host_memory.h"
 #include "store/row_mover.h"
 
 #include "llama-context.h"
@@ -412,13 +413,7 @@ uint64_t free_bytes(ggml_backend_dev_t dev) {
     if (!is_cpu(dev)) {
         return free;
     }
-    unsigned long long available_kib = 0;
-    if (FILE * file = std::fopen("/proc/meminfo", "r")) {
-        char line[128];
-        while (std::fgets(line, sizeof(line), file) && std::sscanf(line, "MemAvailable: %llu kB", &available_kib) != 1) {}
-        std::fclose(file);
-    }
-    return available_kib ? std::min<uint64_t>(free, available_kib*1024) : free;
+    return std::min<uint64_t>(free, available_ram());
 }
 
 void pretend_free(uint64_t bytes) { pretended_bytes = bytes; }
