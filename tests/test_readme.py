@@ -63,8 +63,8 @@ def test_the_judges_tables_are_made_from_the_committed_rows():
     assert between(ROOT / "docs/results.md", "judge: scripts/bench judge-table", "end of judge") == made("judge-table")
 
 
-@pytest.mark.parametrize("name", ["calibration", "sensitivities"])
-def test_the_tables_of_calibrations_are_made_from_the_committed_rows(name):
+@pytest.mark.parametrize("name", ["calibration", "sensitivities", "cuts", "pairs"])
+def test_the_tables_of_calibrations_cuts_and_pairs_are_made_from_the_committed_rows(name):
     assert between(ROOT / "docs/results.md", f"{name}: scripts/bench {name}-table", f"end of {name}") == made(f"{name}-table")
 
 
