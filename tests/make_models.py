@@ -9,6 +9,7 @@ Random weights say nothing about quality; they exercise shapes, cache types and 
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -153,6 +154,17 @@ def write_tiny(path: Path, n_layer: int = 2, **other: object) -> None:
     """Two layers (or n_layer), four heads of 64 (two KV heads), 256 tokens, no tokenizer: about 2 MB. `other`: see write_llama()."""
     shape = {"n_embd": 256, "n_head": 4, "n_head_kv": 2, "n_ff": 256, "n_vocab": 256, "n_ctx": 32768, "rope_base": 10000.0}
     write_llama(path, n_layer=n_layer, kind=gguf.GGMLQuantizationType.F16, **{**shape, **other})
+
+
+def write_nearly(path: Path, like: Path, share: float = 3e-4) -> None:
+    """A copy whose F16 matrices differ by about this share of each weight: as much as another way of rounding would."""
+    shutil.copyfile(like, path)
+    reader, rng = gguf.GGUFReader(path, "r+"), np.random.default_rng(3)
+    for tensor in reader.tensors:
+        if tensor.tensor_type == gguf.GGMLQuantizationType.F16:
+            changed = tensor.data.astype(np.float32) * (1 + share * rng.standard_normal(tensor.data.shape, dtype=np.float32))
+            tensor.data[:] = changed.astype(np.float16)
+    reader.data.flush()
 
 
 def write_small(path: Path, vocab: Path) -> None:

@@ -12,7 +12,7 @@ import llama_cpp
 import numpy as np
 import pytest
 from devices import check_that_it_freezes_as_on_the_cpu, rows
-from make_models import write_tiny
+from make_models import write_nearly, write_tiny
 from test_architectures import logits_after, tokens
 
 DEVICE = os.environ.get("ASRKF_TEST_GPU")  # the backend's name, such as vulkan
@@ -34,8 +34,9 @@ def test_the_build_sees_the_device(load, model, capfd):
 
 
 @pytest.mark.parametrize("n_gpu_layers", [-1, 3])
-def test_it_freezes_as_the_cpu_does(model, n_gpu_layers: int):
-    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, n_gpu_layers=n_gpu_layers)
+def test_it_freezes_as_the_cpu_does(model, tmp_path: Path, n_gpu_layers: int):
+    write_nearly(tmp_path / "nearly.gguf", Path(model))
+    check_that_it_freezes_as_on_the_cpu(model, is_staged=True, nearly_path=str(tmp_path / "nearly.gguf"), n_gpu_layers=n_gpu_layers)
 
 
 def test_from_one_state_the_next_decisions_are_the_cpus(load, model):

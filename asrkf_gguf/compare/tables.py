@@ -90,7 +90,8 @@ def _spread(figure: Spread) -> str:
 
 def to_text(report: Report, readings: list[str]) -> str:
     about = report.about
-    lines = [f"{about['model']}, {report.n_ctx:,} tokens of context, {about['machine']}, {about['threads']} thread{'s' * (about['threads'] != 1)}; text: {report.text}"]
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    lines = [f"{about['model']}, {report.n_ctx:,} tokens of context, {about['machine']}, {threads}; text: {report.text}"]
     if not report.is_complete:
         lines.append(f"PARTIAL: {report.stopped} ended the run early; the figures are of what was measured until then.")
     for table in tables(report):
