@@ -471,11 +471,11 @@ TEST(config_bounds, "every number of the table is accepted at its bounds, and re
         for (const bool upper : { false, true }) {
             const double bound = upper ? f.maximum : f.minimum, past = upper ? bound*1.01 + 1 : bound - 1;
             char text[128];
-            std::snprintf(text, sizeof(text), "window,%s=%.10g", f.name, bound);
+            std::snprintf(text, sizeof(text), "kvzip,%s=%.10g", f.name, bound); // which all numbers are for, or nothing to
             asrkf_config config = sized<asrkf_config>();
             GIVES(ASRKF_OK, asrkf_config_parse(text, &config));
             CHECK(keeps_promises(text));
-            std::snprintf(text, sizeof(text), "window,%s=%.10g", f.name, past);
+            std::snprintf(text, sizeof(text), "kvzip,%s=%.10g", f.name, past);
             REFUSED(asrkf_config_parse(text, &config));
         }
     }
