@@ -292,6 +292,11 @@ def test_rows_of_cuts_say_what_was_kept_and_share_the_reference_with_quality(ben
     assert "kept_ratio" not in bench_command("quality", *words)[1] and FakeLlama.read == 1024
 
 
+def test_of_a_policy_that_does_not_cut_the_active_cells_are_what_was_kept():
+    stats = {"kept_ratio": -1.0, "active_cells": 30, "tokens": 120, "enough_cells": 0}
+    assert quality.Cuts.figures_of(object.__new__(quality.Cuts), stats)["kept_ratio"] == 0.25
+
+
 def test_worked_problems_are_right():
     problems = texts.arithmetic().split("\n\n")
     assert len(problems) == 200 and texts.load_texts(["a=arithmetic"]) == {"a": texts.arithmetic()}

@@ -128,7 +128,8 @@ class Cuts(Quality):
     more_figures = ("kept_ratio", "enough_cells")
 
     def figures_of(self, stats: dict[str, Any]) -> dict[str, Any]:
-        return {**super().figures_of(stats), "kept_ratio": stats["kept_ratio"] if stats["cuts_total"] else stats["active_cells"] / stats["tokens"]}
+        kept_ratio = stats["kept_ratio"]
+        return {**super().figures_of(stats), "kept_ratio": kept_ratio if kept_ratio >= 0 else stats["active_cells"] / stats["tokens"]}
 
 
 def pooled(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
