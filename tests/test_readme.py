@@ -157,8 +157,9 @@ def test_every_row_of_quality_names_commit_machine_model_command_and_config(name
         assert "+changes" not in row["commit"] and "/" not in row["config"]
 
 
-def test_every_row_of_sensitivities_names_commit_machine_model_and_command():
-    for row in rows_of("sensitivities.csv"):
+@pytest.mark.parametrize("name", ["sensitivities.csv", "pairs.csv"])
+def test_every_row_of_layers_and_masks_names_commit_machine_model_and_command(name):
+    for row in rows_of(name):
         assert all(row.values()) and "+changes" not in row["commit"], row
 
 

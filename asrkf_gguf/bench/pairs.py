@@ -96,7 +96,7 @@ class Model:
         return np.stack((even * cos - odd * sin, even * sin + odd * cos), -1).reshape(x.shape)
 
     def read(self, tokens: list[int], masked: np.ndarray | None = None, peaks: np.ndarray | None = None) -> np.ndarray:
-        """Log-odds of the next token behind each of these, [tokens, vocabulary].
+        """Logits of the next token behind each of these, [tokens, vocabulary].
 
         masked: bool [layers, KV heads, earlier tokens], pairs that these tokens do not see. peaks: the same shape, float; gets the highest
         weight that any of these tokens' queries gives to each.

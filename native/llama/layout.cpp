@@ -189,7 +189,6 @@ group make_windowed_group(const settings & config, const std::vector<group> & ot
     rules.sinks  = 0;
     rules.window = n_window;
     rules.timer_share = 0;
-    rules.gate_threshold = 0;
     const bool keeps_all = std::all_of(others.begin(), others.end(), [&](const group & g) { return g.pool_cells >= config.n_ctx; });
     const uint32_t all   = padded(config.n_ctx_seq), each = keeps_all ? all : std::min(all, padded(share));
     group g = make_group(config, rules, layers, config.unified ? std::min(all, config.n_seq_max*each) : config.n_seq_max*each);

@@ -30,9 +30,9 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.cuts        = config.policy == ASRKF_POLICY_REFREEKV;
     p.cuts_by_score = p.cuts && config.order == ORDER_RELEVANCE;
     p.tolerance   = config.tolerance;
-    p.gate_threshold = config.gate_threshold;
     // by position nobody asks for scores, and the bound is kept as a plain window keeps it
     p.score       = p.cuts && !p.cuts_by_score && config.recall == RECALL_OFF ? SCORE_RECENCY : score_kind(config.score);
+    p.gate_threshold = p.score == SCORE_GATE ? config.gate_threshold : 0;
     p.ema         = config.ema;
     p.hysteresis  = config.hysteresis;
     p.recall      = config.recall != RECALL_OFF && !p.threshold && p.wants_scores();
