@@ -56,6 +56,9 @@ class FreezeConfig:
     """Weight of the old score after an interval (0..1)."""
     hysteresis: Optional[float] = None
     """An active token's score counts this much more (0.2: a fifth)."""
+    ranking: Optional[str] = None
+    """Who stays active in a layer group: "shared", what the scoring layers attend to; or "own", that times how much more the group's
+    own layers attended to the token when they last had it (with recall)."""
     recall: Optional[str] = None
     """Frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key ("exact") or by
     the mean key of 16 tokens ("mean_key": a smaller index, less exact); "off"."""

@@ -36,6 +36,7 @@ enum score_kind { SCORE_ATTENTION = 0, SCORE_MAGNITUDE, SCORE_RANDOM, SCORE_RECE
 enum moves_kind { MOVES_AUTO = 0, MOVES_DIRECT, MOVES_STAGED };
 enum state_kind { STATE_OWN = 0, STATE_UPSTREAM };
 enum index_kind { INDEX_AUTO = 0, INDEX_F16, INDEX_Q8_0, INDEX_Q4_0 };
+enum ranking_kind { RANKING_SHARED = 0, RANKING_OWN };
 enum recall_kind { RECALL_OFF = 0, RECALL_EXACT, RECALL_MEAN_KEY };
 enum recovery_kind { RECOVERY_OFF = 0, RECOVERY_SOFT, RECOVERY_WINDOW, RECOVERY_FULL, RECOVERY_SECOND_LOOK }; // the first four: the highest level that is used
 enum types_kind { TYPES_GIVEN = 0, TYPES_AUTO };

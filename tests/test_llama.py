@@ -58,7 +58,7 @@ def test_device_bytes_are_the_pools_and_stay_so(load, smollm2, text, policy, typ
     check_states(llm)
 
 
-@pytest.mark.parametrize("policy", ["asrkf,layers=shared", "asrkf,layers=shared,recall=mean_key", "asrkf"])
+@pytest.mark.parametrize("policy", ["asrkf,layers=shared", "asrkf,layers=shared,recall=mean_key", "asrkf", "asrkf,ranking=own"])
 def test_compute_buffers_are_reserved_for_every_step_of_a_full_context(load, tiny, policy):
     """The scores that outlive a layer's branch once lay in other gaps in short steps than in the reserve: near a full context
     the buffers grew."""
@@ -184,7 +184,7 @@ def test_a_prompt_of_6000_tokens_is_read_in_a_pool_of_1024(load, smollm2, text, 
     check_states(llm)
 
 
-@pytest.mark.parametrize("policy", ["paper", "window", "random", "flag-all", "asrkf"])
+@pytest.mark.parametrize("policy", ["paper", "window", "random", "flag-all", "asrkf", "asrkf,ranking=own"])
 def test_every_preset_runs_freezes_and_keeps_the_bound(load, smollm2, text, policy):
     llm = load(smollm2, kv_policy=policy, kv_pool=512)
     greedy(llm, tokens_of(llm, text, 1200), 80)
@@ -197,10 +197,11 @@ def test_every_preset_runs_freezes_and_keeps_the_bound(load, smollm2, text, poli
     check_states(llm)
 
 
-def test_a_run_repeats(load, smollm2, text):
+@pytest.mark.parametrize("policy", ["asrkf", "asrkf,ranking=own"])
+def test_a_run_repeats(load, smollm2, text, policy):
     runs = []
     for _ in range(2):
-        llm = load(smollm2, kv_policy="asrkf", kv_pool=512)
+        llm = load(smollm2, kv_policy=policy, kv_pool=512)
         chosen, logits = greedy(llm, tokens_of(llm, text, 900), 60)
         runs.append((chosen, logits[-1].tobytes(), llm.kv_tokens()))
     assert runs[0] == runs[1]
@@ -292,7 +293,7 @@ def test_pinned_positions_are_never_frozen(load, smollm2, text):
     check_states(llm)
 
 
-@pytest.mark.parametrize("policy", ["asrkf,pool=512", TWO_GROUPS])
+@pytest.mark.parametrize("policy", ["asrkf,pool=512", TWO_GROUPS, f"{TWO_GROUPS},ranking=own"])
 def test_states_hold_frozen_tokens_and_load_anywhere(load, smollm2, text, policy):
     llm = load(smollm2, kv_policy=policy)
     tokens = tokens_of(llm, text, 1200)

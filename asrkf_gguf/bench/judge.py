@@ -46,6 +46,7 @@ MAIN = (
 OTHERS = (
     "full-q8_0-q5_0=full;type=q8_0/q5_0", "full-q8_0-q4_0=full;type=q8_0/q4_0", "asrkf 1/3 f16=asrkf,pool=33.3%;type=f16",
     *(f"asrkf {share} q8_0=asrkf,pool={pool};type=q8_0" for share, pool in SHARES),
+    *(f"asrkf {share} own=asrkf,pool={pool},ranking=own;type=q8_0/q5_0" for share, pool in SHARES),
     *(f"{policy} 1/3={policy},pool=33.3%;type=q8_0" for policy in ("kvzip", "refreekv", "window", "random", "paper")),
 )
 ASKED = ("full-f16", BASE, "asrkf 1/3", "asrkf 1/8")  # in every task; the other sides where questions share a prompt

@@ -68,6 +68,7 @@ struct asrkf_config {
     int32_t  index;
     float    ema;
     float    hysteresis;
+    int32_t  ranking;
     int32_t  recall;
     float    recall_share;
     uint32_t recall_limit;

@@ -63,6 +63,21 @@ private:
     const attention_rows::branch branch;
 };
 
+// Of own scores: which tokens of the step are the last of their sequences.
+class last_tokens_input final : public llm_graph_input_i {
+public:
+    last_tokens_input(const memory_context * mctx, ggml_tensor * tokens) : mctx(mctx), tokens(tokens) {}
+    void set_input(const llama_ubatch *) override { ggml_backend_tensor_set(tokens, mctx->side.last_tokens.data(), 0, ggml_nbytes(tokens)); }
+    bool can_reuse(const llm_graph_params & params) override {
+        mctx = &whole_of(params.mctx);
+        return true;
+    }
+
+private:
+    const memory_context * mctx;
+    ggml_tensor * const    tokens;
+};
+
 } // namespace
 
 group_context::group_context(const memory_context & whole, group & g, std::vector<llama_ubatch> ubatches)
@@ -168,6 +183,7 @@ void memory_context::look_again(llama_context & lctx) {
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
     build_scores(res, gf, q, k_cur, kq_scale, il);
     build_queries(res, gf, q, kq_scale, il);
+    build_own_scores(res, gf, q, kq_scale, il);
     scored.gated.build(res.get_ctx(), gf, il, q);
 }
 
@@ -195,6 +211,21 @@ void memory_context::build_queries(llm_graph_result & res, ggml_cgraph * gf, ggm
         res.add_input(std::make_unique<queries_input>(this, cuts.building));
     }
     cuts.build(res.get_ctx(), gf, i, q, kq_scale);
+}
+
+void memory_context::build_own_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int32_t il) const {
+    own_scores & own = scored.own;
+    const int i = own.place_of(il);
+    if (i < 0) {
+        return;
+    }
+    if (i == 0) { // a new graph
+        own.last_tokens = own.new_input(res.get_ctx());
+        if (own.last_tokens) {
+            res.add_input(std::make_unique<last_tokens_input>(this, own.last_tokens));
+        }
+    }
+    own.build(res.get_ctx(), gf, i, q, kq_scale);
 }
 
 llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed) {

@@ -47,6 +47,7 @@ public:
 private:
     void build_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const;
     void build_queries(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int32_t il) const;
+    void build_own_scores(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, float kq_scale, int32_t il) const;
     bool is_rewalk() const { return rewalks && i_cur + 1 == ubatches.size(); } // the last tokens of a prompt, computed again
     bool is_before_rewalk() const { return rewalks && i_cur + 2 == ubatches.size(); }
     steps::placed place();

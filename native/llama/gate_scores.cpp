@@ -3,6 +3,7 @@
 #include "llama/creation.h"
 #include "llama/find_calibration.h"
 #include "llama/refusal.h"
+#include "scoring/by_device.h"
 #include "scoring/projection.h"
 
 #include <algorithm>
@@ -133,11 +134,7 @@ void gate_scores::fold_in() {
 }
 
 size_t gate_scores::device_bytes() const {
-    size_t sum = 0;
-    for (const auto & [buft, bytes] : breakdown()) {
-        sum += bytes;
-    }
-    return sum;
+    return sum_of(breakdown());
 }
 
 } // namespace asrkf

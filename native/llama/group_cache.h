@@ -36,6 +36,7 @@ public:
     uint32_t cell_at(const slot_info & slot, uint32_t i) const { return slot.strm[i / slot.size()]*get_size() + slot.idxs[i / slot.size()][i % slot.size()]; }
 
     bool     is_active(uint32_t cell, uint32_t seq) const { return active[seq].has(cell % get_size()); }
+    const token_set & active_cells(uint32_t seq) const { return active[seq]; } // of its stream
     uint32_t n_active(uint32_t cell) const { return n_sequences[cell]; }
 
     // Out of a sequence's attention; true if no other has it active, so that the cell is free.

@@ -74,7 +74,7 @@ memory::memory(const llama_model & model, const llama_memory_params & params, co
         const std::string & choice)
     : config(model, cparams, config), choice(choice), laid_out(make_layout(this->config, params)), groups(this->config, std::move(laid_out.groups), laid_out.group_of_layer),
       tokens(this->config, groups, !laid_out.scoring_layers.empty()), moves(this->config, groups, tokens, counted, budget),
-      scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params)),
+      scored(this->config, groups, tokens, moves, counted, laid_out.scoring_layers, prepare_groups(params), params.type_k),
       cuts(this->config, groups, tokens, moves, scored, counted, params.type_k), sequences(this->config, groups, tokens, moves, scored), shifted(this->config, groups, tokens, moves, scored, sequences),
       states(this->config, groups, tokens, scored, sequences), asked(groups, tokens, moves, scored, counted),
       placing(this->config, groups, tokens, moves, scored, cuts, counted, budget),

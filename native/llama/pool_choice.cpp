@@ -390,6 +390,15 @@ bytes_by_device bytes_of(const settings & config, const llama_memory_params & pa
             needed[owner_of(buft)].compute_bytes += bytes;
         }
     }
+    std::string ignored;
+    if (const auto own = make_own_attention(config, made.groups, params.type_k, /*no_alloc*/ true, ignored)) {
+        for (const auto & [buft, bytes] : own->kept_bytes()) {
+            needed[owner_of(buft)].index_bytes += bytes;
+        }
+        for (const auto & [buft, bytes] : own->room_bytes()) {
+            needed[owner_of(buft)].compute_bytes += bytes;
+        }
+    }
     if (make_policy_params(config, 1).cuts) {
         const auto rows = make_attention_rows(config, layers_with_cache(config, params).plain, params.type_k, /*no_alloc*/ true);
         for (const auto & [buft, bytes] : rows->ring_bytes()) {

@@ -2,6 +2,7 @@
 
 #include "llama/creation.h"
 #include "llama/refusal.h"
+#include "scoring/by_device.h"
 
 #include <algorithm>
 
@@ -185,14 +186,6 @@ void prompt_cuts::measure(size_t i, const sequence & s, std::vector<float> & wei
 uint32_t prompt_cuts::enough_cells(size_t ig) const {
     const uint32_t n_wanted = result_of(ig).n_wanted;
     return n_wanted == 0 ? 0 : std::min(config.n_ctx, (n_wanted + config.interval + POOL_PAD_CELLS - 1) / POOL_PAD_CELLS*POOL_PAD_CELLS);
-}
-
-static size_t sum_of(const attention_rows::sizes & sizes) {
-    size_t sum = 0;
-    for (const auto & [buft, bytes] : sizes) {
-        sum += bytes;
-    }
-    return sum;
 }
 
 size_t prompt_cuts::ring_bytes() const { return attention ? sum_of(attention->ring_bytes()) : 0; }

@@ -45,8 +45,8 @@ std::unique_ptr<relevance> make_scorer(const settings & config, const std::vecto
 }
 
 scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
-        const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft)
-    : gated(config, groups, tokens, moves, buft), config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
+        const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft, ggml_type type_k)
+    : gated(config, groups, tokens, moves, buft), own(config, groups, tokens, moves, type_k), config(config), groups(groups), tokens(tokens), moves(moves), counted(counted) {
     if (scoring_layers.empty()) {
         return;
     }
@@ -84,6 +84,7 @@ void scores::prepare(side_step & step, const std::vector<part> & parts, bool pro
     step.written      = scorer->written_by(step.shape, *tokens.index, step.records);
     prepare_scoring(step.scoring, prompt_end ? askers::prompt_end : askers::of_steps);
     prepare_scoring(step.look, askers::newest);
+    own.prepare(step, parts);
 }
 
 branch_shape scores::worst_shape(uint32_t n_tokens) const {
@@ -96,6 +97,9 @@ branch_shape scores::worst_shape(uint32_t n_tokens) const {
 
 std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> scores::breakdown() const {
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> sizes = gated.breakdown();
+    for (const auto & own_sizes : { own.kept_bytes(), own.room_bytes() }) {
+        sizes.insert(sizes.end(), own_sizes.begin(), own_sizes.end());
+    }
     if (scorer) {
         const auto computing = devices->breakdown();
         sizes.insert(sizes.end(), computing.begin(), computing.end());
@@ -185,6 +189,9 @@ void scores::run(const scoring_job & job) {
         counted.scoring_steps_total++;
         devices->prepare(job.shape); // again: another may have been since, and this one is kept
         devices->run(running, out_missed + scorer->n_heads(), out_missed);
+        if (job.who != askers::newest) {
+            own.run();
+        }
     } catch (const std::exception & e) {
         give_up(e);
     }
@@ -204,6 +211,7 @@ bool scores::await() {
 void scores::give_up(const std::exception & why) {
     counted.scoring_steps_total -= !pending.empty();
     pending.clear();
+    own.drop_pending();
     refuse(format("the device failed to compute a step's scores: its policy goes by the last ones (%s)", text_of(why).c_str()), ASRKF_INTERNAL);
 }
 
@@ -265,6 +273,7 @@ void scores::fold_in() {
         }
     }
     pending.clear();
+    own.fold_in();
 }
 
 void scores::index_records(const std::vector<uint32_t> & ids) {

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "llama/gate_scores.h"
+#include "llama/own_scores.h"
+#include "scoring/by_device.h"
 #include "scoring/device_scorers.h"
 
 #include <functional>
@@ -40,6 +42,7 @@ struct side_step {
     scoring_job           scoring;    // by the newest queries, for the next decision
     scoring_job           look;       // by this token's own: whether it needs a second look
     kept_queries          for_cuts;
+    std::vector<int32_t>  last_tokens; // of each sequence, for own scores
 
     bool scores() const { return !scoring.seqs.empty() || !look.seqs.empty(); }
 };
@@ -59,9 +62,10 @@ public:
     // scoring_layers: empty where the policy asks for no scores. buft: where scores are read back to, pinned if the device
     // offers that. Throws error(ASRKF_INTERNAL) without memory.
     scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,
-            const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft);
+            const std::vector<uint32_t> & scoring_layers, ggml_backend_buffer_type_t buft, ggml_type type_k);
 
     gate_scores gated; // with scores from them instead
+    own_scores  own;   // beside them
 
     bool is_on() const { return scorer != nullptr; }
     std::string backend() const { return devices ? devices->kinds() : gated.is_on() ? "gates" : "none"; } // as asrkf_stats names it
@@ -73,8 +77,8 @@ public:
     // What compute buffers are reserved for.
     branch_shape worst_shape(uint32_t n_tokens) const;
     // Of index and rings, or gates; and of what scores with them, beside the scheduler's own buffers.
-    size_t index_bytes() const { return (scorer ? scorer->device_bytes() : 0) + gated.device_bytes(); }
-    size_t compute_bytes() const { return devices ? devices->device_bytes() : 0; }
+    size_t index_bytes() const { return (scorer ? scorer->device_bytes() : 0) + gated.device_bytes() + sum_of(own.kept_bytes()); }
+    size_t compute_bytes() const { return (devices ? devices->device_bytes() : 0) + sum_of(own.room_bytes()); }
     std::vector<std::pair<ggml_backend_buffer_type_t, size_t>> breakdown() const; // of both
 
     // Which of the scoring layers il is, -1: none. They are built in order; the first begins a new graph.

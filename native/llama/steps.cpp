@@ -414,6 +414,7 @@ steps::placed steps::place_look(const llama_ubatch & ubatch, side_step side) {
     }
     if (!side.scoring.seqs.empty()) {
         scored.note_frozen(side.scoring);
+        scored.own.prepare(side.scoring.seqs);
     }
     step.side = std::move(side);
     relevance::keep_means(step.side.written);

@@ -59,7 +59,7 @@ split hand_out(const std::vector<std::vector<layer_budget>> & members, uint32_t 
 
 double predicted_loss(double sensitivity, double active_ratio) { return sensitivity * (1 / active_ratio - 1) / (1 / 0.2 - 1); }
 
-std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx) {
+std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx, bool apart) {
     std::vector<std::vector<layer_budget>> members;
     for (const layer_budget & l : layers) {
         members.push_back({ l });
@@ -68,7 +68,7 @@ std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, u
     std::vector<group_budget> merged;
     for (const group_budget & own : hand_out(members, mean_cells, least_cells, n_ctx, unit_cells).groups) {
         auto same = std::find_if(merged.begin(), merged.end(), [&](const group_budget & g) { return g.pool_cells == own.pool_cells; });
-        if (same == merged.end()) {
+        if (apart || same == merged.end()) {
             merged.push_back(own);
         } else {
             same->layers.push_back(own.layers[0]);

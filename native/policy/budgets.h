@@ -28,9 +28,9 @@ double predicted_loss(double sensitivity, double active_ratio);
 // Together the groups have at most the bytes of mean_cells in every layer, POOL_PAD_CELLS at least; each has a multiple of
 // POOL_PAD_CELLS, least_cells to n_ctx, or about mean_cells where that is less.
 //
-// A budget for each layer; layers that get the same one are one group, since with one ranking they hold the same tokens.
-// Budgets go in steps of about a quarter of mean_cells, so the groups are few.
-std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx);
+// A budget for each layer, in steps of about a quarter of mean_cells. Layers that get the same one are one group, since with one ranking
+// they hold the same tokens; apart: each has a ranking of its own.
+std::vector<group_budget> split_each(const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx, bool apart = false);
 // Two groups: the most sensitive layers, as many as predict the least loss, and the others; one if that predicts less.
 std::vector<group_budget> split_two (const std::vector<layer_budget> & layers, uint32_t mean_cells, uint32_t least_cells, uint32_t n_ctx);
 

@@ -273,7 +273,8 @@ std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_
     const bool has_timers = p.has_timers();
     n_best<ranked, worse_one> worst(n, {});
     const uint64_t * seen = nullptr; // all below this level
-    uint32_t level = p.params.recall && n < n_judged ? p.ranks->level_of(p.highest_going) + 1 : uint32_t(ranking::LEVELS);
+    // with leans any may be the worst
+    uint32_t level = p.params.recall && !p.params.leans && n < n_judged ? p.ranks->level_of(p.highest_going) + 1 : uint32_t(ranking::LEVELS);
     for (uint32_t up = 1; n > 0; up *= 2) {
         const uint64_t * above = level < ranking::LEVELS ? p.ranks->at_least(level) : nullptr;
         each_open<true>(seen, above, [&](uint32_t i) {
@@ -291,7 +292,7 @@ std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_
 }
 
 // The n best of the frozen tokens that may come back, the best first; those below lowest_level need not be among them. They are
-// looked for from the highest level down: no token of a lower level is better.
+// looked for from the highest level down: no token of a lower level is better, or with leans better than this level's least allows.
 std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32_t lowest_level) const {
     n_best<ranked, better_one> best(n, {});
     const uint64_t * seen = nullptr; // all from this level on
@@ -303,7 +304,7 @@ std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32
                 best.offer({ p.rank(i), i });
             }
         });
-        if (best.has_all() || level <= lowest_level) {
+        if (level <= lowest_level || (best.has_all() && (!p.params.leans || best.last().rank >= MOST_LEAN*p.ranks->least(level)))) {
             break;
         }
         seen  = above;
@@ -324,7 +325,7 @@ void policy::choice::take_best() {
     if (n_room > 0) {
         coming = best_frozen(std::max(n_compete, n_room), 0);
     } else if (n_compete > 0 && n_leave < going.size()) { // a worse one than this has no place to take
-        coming = best_frozen(n_compete, p.ranks->level_of(going[n_leave].rank));
+        coming = best_frozen(n_compete, p.ranks->level_of(p.params.leans ? going[n_leave].rank / MOST_LEAN : going[n_leave].rank));
     }
     // those stay frozen though there is room
     coming.erase(std::find_if(coming.begin(), coming.end(), [&](const ranked & r) { return r.rank < p.params.gate_threshold; }), coming.end());

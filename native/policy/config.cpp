@@ -44,6 +44,7 @@ const field table[] = {
     { "index", CHOICE, AT(index), "auto|f16|q8_0|q4_0", 0, 0, "type of the scoring layers' K rows that stay on the device for all tokens; auto: q4_0 where it divides the head, else f16; f16 for mean_key" },
     { "ema", REAL, AT(ema), "", 0, 0.999, "weight of the old score after an interval" },
     { "hysteresis", REAL, AT(hysteresis), "", 0, 10, "an active token's score counts this much more (0.2: a fifth)" },
+    { "ranking", CHOICE, AT(ranking), "shared|own", 0, 0, "who stays active in a layer group: what the scoring layers attend to (shared), or that times how much more the group's own layers attended to it, when they last had it (own); with recall" },
     { "recall", CHOICE, AT(recall), "off|exact|mean_key", 0, 0, "whether frozen tokens have fresh scores, and come back when a live query asks for them: by every token's key, or by the mean key of 16 tokens (a quarter of the index)" },
     { "recall_share", REAL, AT(recall_share), "", 0, 1, "part of the history's cells for the blocks of 16 that the newest queries score best, in every layer group" },
     { "recall_limit", INTEGER, AT(recall_limit), "", 1, 1 << 20, "most restores by recall, for each token that is decoded" },
@@ -359,6 +360,7 @@ asrkf_config config_default(int32_t policy) {
     c.score_queries = 4;
     c.ema           = 0.7f;
     c.hysteresis    = 0.2f;
+    c.ranking       = RANKING_SHARED;
     c.recall        = RECALL_EXACT;
     c.recall_share  = 0.25f;
     c.recall_limit  = 12;

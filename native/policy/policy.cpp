@@ -8,6 +8,9 @@ namespace asrkf {
 
 namespace {
 
+constexpr float NO_LEAN    = 1;    // nothing is known
+constexpr float LEAST_TOLD = 0.1f; // of the attention that a token would get if all got the same
+
 // splitmix64: a fixed function of its argument, so that "random" needs no state and repeats for a seed
 uint64_t mix(uint64_t x) {
     x += 0x9e3779b97f4a7c15ull;
@@ -36,6 +39,7 @@ policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cell
     p.ema         = config.ema;
     p.hysteresis  = config.hysteresis;
     p.recall      = config.recall != RECALL_OFF && !p.threshold && p.wants_scores();
+    p.leans       = p.recall && config.ranking == RANKING_OWN && p.score == SCORE_ATTENTION;
     p.recall_share = config.recall_share;
     p.recall_limit = config.recall_limit;
     p.softness    = config.softness;
@@ -90,6 +94,9 @@ void policy::reserve(size_t n_more) {
     if (has_histories()) {
         make_room(histories, n_more);
     }
+    if (params.leans) {
+        make_room(leans, n_more);
+    }
 }
 
 void policy::insert(uint32_t i) {
@@ -99,6 +106,9 @@ void policy::insert(uint32_t i) {
     since.insert(since.begin() + i, uint16_t(0));
     if (has_histories()) {
         histories.insert(histories.begin() + i, history());
+    }
+    if (params.leans) {
+        leans.insert(leans.begin() + i, NO_LEAN);
     }
     waiting_stale |= i + 1 < n_tokens();
 }
@@ -117,6 +127,9 @@ void policy::copy_token(uint32_t i, const policy & from, uint32_t from_token, bo
     if (has_histories()) {
         histories[i] = from.histories[from_token];
         histories[i].until = rebase(histories[i].until);
+    }
+    if (params.leans) {
+        leans[i] = from.leans[from_token];
     }
     waiting_stale = protection_changed = true;
     if (frozen_copy) {
@@ -145,6 +158,7 @@ void policy::reorder(const std::vector<uint32_t> & order) {
     };
     moved(since);
     moved(histories);
+    moved(leans);
     waiting_stale = true;
 }
 
@@ -156,6 +170,9 @@ void policy::erase(uint32_t begin, uint32_t end) {
     if (has_histories()) {
         histories.erase(histories.begin() + begin, histories.begin() + end);
     }
+    if (params.leans) {
+        leans.erase(leans.begin() + begin, leans.begin() + end);
+    }
     waiting_stale = true;
     protection_changed = true; // the window moved back over tokens that may be frozen
 }
@@ -165,6 +182,16 @@ void policy::clear() {
     decision = tokens_since_decide = 0;
     redundant_count    = 0;
     protection_changed = returning = false;
+}
+
+// Both average what a token would get if all got the same: what is far below that tells little. One query tells little, too, so the average
+// is slow, however long the step was.
+void policy::observe_own(uint32_t i, float attention) {
+    const float score = ranks->score(i), least = LEAST_TOLD / float(n_tokens());
+    const float now = std::clamp((attention + least) / (score + least), 1 / MOST_LEAN, MOST_LEAN);
+    if (score != ranking::UNSEEN && attention - attention == 0) {
+        leans[i] = leans[i] == NO_LEAN ? now : params.ema*leans[i] + (1 - params.ema)*now;
+    }
 }
 
 void policy::set_frozen(uint32_t i, bool frozen, bool is_held) {

@@ -45,6 +45,7 @@ struct policy_params {
     float      ema           = 0;
     float      hysteresis    = 0;
     bool       recall        = false;
+    bool       leans         = false; // a layer group's own attention counts beside the shared ranking
     float      recall_share  = 0;
     uint32_t   recall_limit  = 1;
     float      softness      = 1;
@@ -88,6 +89,8 @@ struct plan {
     float                    lowest_coming = 0; // decision looks first
 };
 
+constexpr float MOST_LEAN = 8; // and its inverse the least: how far the worst of a layer group may be from the worst of all
+
 class policy {
 public:
     explicit policy(const policy_params & params) : params(params) {}
@@ -125,6 +128,9 @@ public:
     void observe(uint32_t token, float score, float peak, float keep) { // of an active one; of any, if gates score
         ranking::blend(histories[token].score, score, peak, keep);
     }
+
+    // The group's own layers gave an active token this much of their attention.
+    void observe_own(uint32_t token, float attention);
 
     uint64_t n_redundant() const { return redundant_count; } // recalls that did not outlast the next decision
 
@@ -173,7 +179,8 @@ private:
     bool     has_timers() const { return params.threshold || params.timer_share > 0; }
     bool     has_histories() const { return has_timers() || has_own_scores(); }
     // What decides who stays.
-    float    rank(uint32_t token) const { return params.recall ? rank_of(token, ranks->score(token)) : own_rank(token); }
+    float    rank(uint32_t token) const { return params.recall ? rank_of(token, leaning(token, ranks->score(token))) : own_rank(token); }
+    float    leaning(uint32_t token, float score) const { return leans.empty() || score == ranking::UNSEEN ? score : score*leans[token]; }
     float    rank_of(uint32_t token, float score) const { return score == ranking::UNSEEN || is_frozen(token) ? score : in_pool(score); }
     float    own_rank(uint32_t token) const;
     float    in_pool(float score) const { return score*(1 + params.hysteresis); } // what an active token's score counts
@@ -199,6 +206,7 @@ private:
     token_set             returns;   // was active in the state that was loaded: comes back first
     std::vector<uint16_t> since;     // the decision that froze it last, or recalled it (0: none did); its low bits
     std::vector<history>  histories; // by token; empty without: has_histories()
+    std::vector<float>    leans;     // by token; empty without: how many times the shared score its group's own attention was, when it last was active
     // Frozen tokens by the decision at which their timer ends. Those that have come back otherwise stand here until then.
     mutable std::map<uint32_t, std::vector<uint32_t>> waiting;
     mutable bool          waiting_stale       = false; // tokens have other numbers

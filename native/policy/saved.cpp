@@ -1,6 +1,7 @@
 // What a policy and its ranking know, as bytes of a saved state: each group's are whole, with the scores that all share.
 #include "policy/policy.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -10,7 +11,7 @@ namespace {
 
 // As they lie in memory: a state is read by what wrote it, or refused by its sizes.
 struct saved_head  { uint32_t token_bytes, n_tokens, decision, tokens_since_decide, tokens_since_score, tokens_of_score; };
-struct saved_token { float score, peak; uint32_t flags, count, wake, grace, frozen_at, recalled_at; };
+struct saved_token { float score, peak, lean; uint32_t flags, count, wake, grace, frozen_at, recalled_at; };
 constexpr uint32_t SAVED_OBSERVED = 1, SAVED_FROZEN = 2, SAVED_HELD = 4;
 
 saved_head head_of(const std::vector<uint8_t> & bytes, uint32_t n_tokens) {
@@ -41,7 +42,7 @@ std::vector<uint8_t> policy::save() const {
         const bool    frozen = is_frozen(i), seen = score != ranking::UNSEEN;
         const history past   = has_timers() ? histories[i] : history();
         const uint32_t at    = since[i] || frozen ? decision - std::min(decision, age(i)) : 0;
-        const saved_token s  = { seen ? score : 0, ranks->peak(i),
+        const saved_token s  = { seen ? score : 0, ranks->peak(i), params.leans ? leans[i] : 1,
             (seen ? SAVED_OBSERVED : 0) | (frozen && !returns.has(i) ? SAVED_FROZEN : 0) | (held.has(i) ? SAVED_HELD : 0),
             past.count, frozen ? past.until : 0, frozen ? 0 : past.until, frozen ? at : 0, frozen ? 0 : at };
         std::memcpy(bytes.data() + sizeof(head) + i*sizeof(s), &s, sizeof(s));
@@ -67,6 +68,9 @@ void policy::load(const std::vector<uint8_t> & bytes) {
         held.put(i, frozen && was_frozen && s.flags & SAVED_HELD);
         returns.put(i, frozen && !was_frozen);
         since[i] = uint16_t(frozen ? s.frozen_at : s.recalled_at);
+        if (params.leans) {
+            leans[i] = std::isfinite(s.lean) ? std::clamp(s.lean, 1 / MOST_LEAN, MOST_LEAN) : 1;
+        }
         if (has_histories()) {
             histories[i] = { is_seen(s) ? s.score : ranking::UNSEEN, s.count, frozen ? was_frozen ? s.wake : decision : s.grace };
         }

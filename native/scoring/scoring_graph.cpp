@@ -1,5 +1,7 @@
 #include "scoring/scoring_graph.h"
 
+#include "scoring/fold.h"
+
 #include "ggml-alloc.h"
 
 #include <algorithm>
@@ -10,27 +12,6 @@ namespace {
 
 constexpr uint32_t QUERIES_AT_ONCE = 8; // their products with the whole index lie in memory together
 constexpr size_t   KEPT_GRAPHS     = 4;
-
-// Sum or maximum over dimension 1, by halves: ggml reduces along rows only, and turning this around would cost more.
-ggml_tensor * joined(ggml_context * ctx, ggml_tensor * a, ggml_tensor * b, bool maximum) {
-    return maximum ? ggml_add(ctx, ggml_relu(ctx, ggml_sub(ctx, a, b)), b) : ggml_add(ctx, a, b); // max(a, b) = relu(a - b) + b
-}
-
-ggml_tensor * fold(ggml_context * ctx, ggml_tensor * t, bool maximum) {
-    const auto part = [&](ggml_tensor * x, int64_t begin, int64_t n) {
-        return ggml_view_3d(ctx, x, x->ne[0], n, x->ne[2], x->nb[1], x->nb[2], size_t(begin)*x->nb[1]);
-    };
-    ggml_tensor * rest = nullptr;
-    while (t->ne[1] > 1) {
-        const int64_t half = t->ne[1] / 2;
-        if (t->ne[1] % 2) {
-            ggml_tensor * last = part(t, t->ne[1] - 1, 1);
-            rest = rest ? joined(ctx, rest, last, maximum) : last;
-        }
-        t = joined(ctx, part(t, 0, half), part(t, half, half), maximum);
-    }
-    return rest ? joined(ctx, t, rest, maximum) : t;
-}
 
 } // namespace
 

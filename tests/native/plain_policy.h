@@ -45,6 +45,8 @@ public:
     // Fresh scores: averaged over heads, and of the head that wants it most. Frozen tokens' count with recall only. The
     // old average counts `keep`, see average_weight().
     void observe(uint32_t token, float score, float peak, float keep);
+    // The group's own layers gave an active token this much of their attention.
+    void observe_own(uint32_t token, float attention);
     // ema is for an interval of tokens: a step of many leaves less of the old average.
     float average_weight() const;
 
@@ -82,6 +84,7 @@ private:
         int32_t  pos      = 0;
         float    score    = 0;
         float    peak     = 0;
+        float    lean     = 1;      // how many times the score its group's own attention was
         bool     observed = false;
         bool     frozen   = false;
         bool     held     = false;  // frozen by request: only a request (or the window) brings it back
@@ -225,6 +228,15 @@ inline void plain_policy::observe(uint32_t index, float score, float peak, float
     t.observed = true;
 }
 
+inline void plain_policy::observe_own(uint32_t index, float attention) {
+    token & t = tokens[index];
+    if (!t.observed || !std::isfinite(attention)) {
+        return;
+    }
+    const float least = 0.1f / float(n_tokens()), lean = std::min(8.0f, std::max(0.125f, (attention + least) / (t.score + least)));
+    t.lean = t.lean == 1 ? lean : params.ema*t.lean + (1 - params.ema)*lean;
+}
+
 inline bool plain_policy::is_protected(uint32_t index, int32_t pos_end) const {
     const token & t = tokens[index];
     int64_t window = params.window, n_pinned = std::count_if(tokens.begin(), tokens.end(), [](const token & one) { return one.pinned; });
@@ -241,7 +253,7 @@ inline float plain_policy::rank(uint32_t index) const {
         case SCORE_RECENCY: return float(index);
         case SCORE_NONE:    return 0;
         // a token that no step has scored yet is not known to be unimportant
-        default:            return !t.observed ? std::numeric_limits<float>::max() : t.frozen ? t.score : t.score*(1 + params.hysteresis);
+        default:            return !t.observed ? std::numeric_limits<float>::max() : t.frozen ? t.score*t.lean : t.score*t.lean*(1 + params.hysteresis);
     }
 }
 
@@ -603,7 +615,7 @@ inline void plain_policy::decide_by_threshold(plan & result, uint32_t capacity, 
 
 // As they lie in memory: a state is read by what wrote it, or refused by its sizes.
 struct saved_head  { uint32_t token_bytes, n_tokens, decision, tokens_since_decide, tokens_since_score, tokens_of_score; };
-struct saved_token { float score, peak; uint32_t flags, count, wake, grace, frozen_at, recalled_at; };
+struct saved_token { float score, peak, lean; uint32_t flags, count, wake, grace, frozen_at, recalled_at; };
 constexpr uint32_t SAVED_OBSERVED = 1, SAVED_FROZEN = 2, SAVED_HELD = 4;
 
 inline std::vector<uint8_t> plain_policy::save() const {
@@ -613,7 +625,7 @@ inline std::vector<uint8_t> plain_policy::save() const {
     uint8_t * to = bytes.data() + sizeof(head);
     for (const token & t : tokens) {
         const uint32_t flags = (t.observed ? SAVED_OBSERVED : 0) | (t.frozen && !t.returns ? SAVED_FROZEN : 0) | (t.held ? SAVED_HELD : 0);
-        const saved_token s = { t.score, t.peak, flags, t.count, t.wake, t.grace, t.frozen_at, t.recalled_at };
+        const saved_token s = { t.score, t.peak, t.lean, flags, t.count, t.wake, t.grace, t.frozen_at, t.recalled_at };
         std::memcpy(to, &s, sizeof(s));
         to += sizeof(s);
     }
@@ -645,6 +657,7 @@ inline void plain_policy::load(const std::vector<uint8_t> & bytes) {
         t.observed    = (s.flags & SAVED_OBSERVED) && std::isfinite(s.score) && std::isfinite(s.peak);
         t.score       = t.observed ? s.score : 0;
         t.peak        = t.observed ? s.peak : 0;
+        t.lean        = s.lean;
         t.held        = t.frozen && (s.flags & SAVED_FROZEN) && (s.flags & SAVED_HELD);
         t.returns     = t.frozen && !(s.flags & SAVED_FROZEN);
         t.count       = s.count;

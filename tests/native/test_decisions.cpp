@@ -128,6 +128,11 @@ struct life {
                     rules[g].observe(i, score, peak, keep);
                 }
                 plain[g].observe(i, score, peak, keep);
+                if (rules[g].params.leans && !rules[g].is_frozen(i) && !one_in(10)) {
+                    const float attention = one_in(50) ? NAN : one_in(10) ? 0 : std::exp(-10.0f*float(below(1000)) / 1000);
+                    rules[g].observe_own(i, attention);
+                    plain[g].observe_own(i, attention);
+                }
             }
         }
     }
@@ -327,6 +332,13 @@ TEST(without_recall, "without recall, decisions are those of the plain policy") 
     live_often("asrkf,recall=off,timer_share=0.2,softness=2");
 }
 
+TEST(own_ranking, "where layer groups lean to tokens of their own, decisions are those of the plain policy") {
+    live_often("asrkf,ranking=own");
+    live_often("asrkf,ranking=own,recall_share=0,hysteresis=0");
+    live_often("asrkf,ranking=own,recall_limit=1,ema=0,window=32,sinks=0");
+    live_often("asrkf,ranking=own,timer_share=0.2,interval=1");
+}
+
 TEST(controls, "the controls decide as the plain policy does") {
     live_often("window");
     live_often("random,seed=7");
@@ -346,7 +358,7 @@ TEST(threshold, "the paper's threshold decides as the plain policy does") {
 }
 
 TEST(copies, "a copy of a sequence goes on as the plain policy's copy does, also where its tokens are frozen copies") {
-    for (const char * settings : { "asrkf", "asrkf,recall=off,timer_share=0.2", "random,seed=3", "paper,tau=0.2,window=16" }) {
+    for (const char * settings : { "asrkf", "asrkf,ranking=own", "asrkf,recall=off,timer_share=0.2", "random,seed=3", "paper,tau=0.2,window=16" }) {
         for (uint32_t seed = 1; seed <= 4; ++seed) {
             const policy_params p = make_policy_params(config_parse(std::string(settings) + ",pool=256"), 160);
             life from({ p, p }, seed), to({ p, p }, seed + 100);

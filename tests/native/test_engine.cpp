@@ -382,7 +382,7 @@ TEST(random_machine, "random operations, some made to fail, never lose or change
             const auto run = [&](const char * policy, options o) { machine((policy + gates_for(policy) + ",moves=" + moves).c_str(), o, seed, n); };
             for (const char * policy : { "asrkf,pool=512", "asrkf,layers=0@512/1@768", "flag-all,pool=512", "paper,pool=512,tau=0.5", "random,pool=512,window=64",
                     "asrkf,pool=512,recall=mean_key", "window,pool=512", "asrkf,pool=512,host_limit=300kB", "asrkf,layers=0@512/1@768,recovery=second_look,look_share=0.5,look_trigger=random",
-                    "refreekv,pool=512,tolerance=0.3,repeat=40,rows=3", "kvzip,layers=0@512/1@768,window=64" }) {
+                    "refreekv,pool=512,tolerance=0.3,repeat=40,rows=3", "kvzip,layers=0@512/1@768,window=64", "asrkf,layers=0@512/1@768,ranking=own" }) {
                 run(policy, {});
             }
             options several;
@@ -390,13 +390,13 @@ TEST(random_machine, "random operations, some made to fail, never lose or change
             several.n_ctx = 3072;
             several.unified = true;
             for (const char * policy : { "asrkf,pool=768", "asrkf,layers=0@768/1@1024", "paper,pool=768,tau=0.5", "asrkf,pool=768,recall=mean_key", "asrkf,pool=768,host_limit=600kB",
-                    "kvzip,pool=768,window=64",
+                    "kvzip,pool=768,window=64", "asrkf,layers=0@768/1@1024,ranking=own",
                     "asrkf,pool=768,host_limit=600kB,recovery=second_look,look_share=0.5,look_trigger=random",
                     "refreekv,pool=768,tolerance=0.3,host_limit=900kB", "refreekv,pool=768,tolerance=0.3,recall=exact,order=relevance" }) {
                 run(policy, several);
             }
             several.unified = false;
-            for (const char * policy : { "asrkf,pool=768", "asrkf,layers=0@768/1@1536,host_limit=2MB", "refreekv,pool=768,tolerance=0.3" }) {
+            for (const char * policy : { "asrkf,pool=768", "asrkf,layers=0@768/1@1536,host_limit=2MB,ranking=own", "refreekv,pool=768,tolerance=0.3" }) {
                 run(policy, several);
             }
         }

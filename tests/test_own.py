@@ -1,0 +1,52 @@
+"""ranking=own: each layer weighs the shared ranking with its own attention to what it holds."""
+
+from __future__ import annotations
+
+import numpy as np
+from kv import check_states, greedy, tokens_of
+
+
+def frozen_by_layers(llm) -> dict[str, np.ndarray]:
+    """Of each layer group: which positions are frozen, bool [tokens]."""
+    stats = llm.kv_stats()
+    return {group.layers: np.array([state == "frozen" for _, state in llm.kv_tokens(group=i)]) for i, group in enumerate(stats.groups)}
+
+
+def test_layers_with_equal_budgets_hold_different_tokens_in_the_same_bytes(load, smollm2, text):
+    def run(ranking: str):
+        llm = load(smollm2, kv_policy=f"asrkf,ranking={ranking}", kv_pool=1024, n_ctx=4096)
+        llm.eval(tokens_of(llm, text, 2200))
+        check_states(llm)
+        return llm, llm.kv_stats()
+
+    (own, own_stats), (shared, shared_stats) = run("own"), run("shared")
+    assert len(own_stats.groups) == 30 > 2 * len(shared_stats.groups)
+    assert own_stats.device_kv_bytes == shared_stats.device_kv_bytes and own_stats.pool_cells == shared_stats.pool_cells
+    assert 0 < own_stats.device_index_bytes - shared_stats.device_index_bytes <= 30 * 576 * 4 + 4096  # a query a layer
+    largest = max(shared_stats.groups, key=lambda group: group.n_layers)
+    members = [group for group in own_stats.groups if group.pool_cells == largest.pool_cells]
+    assert len(members) == largest.n_layers >= 3  # which the shared ranking gives the same tokens
+    frozen = frozen_by_layers(own)
+    apart = [np.mean(frozen[a.layers] != frozen[b.layers]) for a, b in zip(members, members[1:], strict=False)]
+    assert min(apart) > 0.02, apart
+
+
+def test_a_pool_that_holds_everything_changes_nothing(load, smollm2, text):
+    full = load(smollm2, kv_policy="full")
+    tokens = tokens_of(full, text, 900)
+    expected, logits = greedy(full, tokens, 20)
+    llm = load(smollm2, kv_policy="asrkf,ranking=own", kv_pool=2048)
+    chosen, same = greedy(llm, tokens, 20)
+    assert chosen == expected and same[-1].tobytes() == logits[-1].tobytes()
+    assert len(llm.kv_stats().groups) == 1
+
+
+def test_what_is_taken_back_and_read_again_is_ranked_again(load, smollm2, text):
+    llm = load(smollm2, kv_policy="asrkf,ranking=own,rewalk_tokens=0", kv_pool=512)
+    tokens = tokens_of(llm, text, 1500)
+    llm.eval(tokens)
+    llm.n_tokens = 1200
+    llm.eval(tokens[1200:])
+    greedy(llm, tokens[:5], 20)
+    assert llm.kv_stats().tokens == 1525 and llm.kv_stats().frozen_cells > 900
+    check_states(llm)
