@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from conftest import RPC_ENDPOINT
 from kv import check_states, greedy, last_logits, placement_noise, tokens_of
@@ -342,6 +343,19 @@ def test_a_host_limit_refuses_the_step_and_nothing_is_lost(load, smollm2, text):
     llm.reset()
     llm.eval(tokens[:600])
     assert llm.kv_stats().tokens == 600
+
+
+def test_prompts_in_place_of_each_other_take_no_more_ram(load, tiny):
+    llm = load(tiny, n_ctx=16384, kv_policy="window", kv_pool=1024)
+    random = np.random.default_rng(20261128)
+    resident = []
+    for _ in range(5):
+        llm.reset()
+        llm.eval(random.integers(0, 256, 16000).tolist())
+        assert llm.kv_stats().host_kv_bytes > 0
+        resident.append(psutil.Process().memory_info().rss)
+    print([r >> 10 for r in resident], llm.kv_stats().host_kv_bytes >> 10)
+    assert max(resident[1:]) < resident[0] + llm.kv_stats().host_kv_bytes // 4, resident
 
 
 def test_a_full_context_is_refused_with_the_numbers(load, smollm2, text):

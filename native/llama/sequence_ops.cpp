@@ -1,5 +1,7 @@
 #include "llama/sequence_ops.h"
 
+#include "store/host_memory.h"
+
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -45,6 +47,9 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
                 g.store->clear();
             }
         }
+    }
+    if (tokens.n_records() == 0 && !keep_store) {
+        give_back_freed_ram();
     }
 }
 

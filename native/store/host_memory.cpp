@@ -4,6 +4,10 @@
 #include <fstream>
 #include <sstream>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace asrkf {
 
 namespace {
@@ -76,6 +80,12 @@ uint64_t available_ram(const std::string & root) {
         }
     }
     return bytes;
+}
+
+void give_back_freed_ram() {
+#ifdef __GLIBC__
+    malloc_trim(0);
+#endif
 }
 
 } // namespace asrkf
