@@ -279,7 +279,7 @@ std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_
         const uint64_t * above = level < ranking::LEVELS ? p.ranks->at_least(level) : nullptr;
         each_open<true>(seen, above, [&](uint32_t i) {
             if (!has_timers || p.histories[i].until <= p.decision) {
-                worst.offer({ p.rank(i), i });
+                worst.offer({ p.rank_active(i), i });
             }
         });
         if (!above || (worst.has_all() && worst.last().rank < p.in_pool(p.ranks->least(level)))) {
@@ -292,7 +292,7 @@ std::vector<policy::choice::ranked> policy::choice::worst_active(size_t n, size_
 }
 
 // The n best of the frozen tokens that may come back, the best first; those below lowest_level need not be among them. They are
-// looked for from the highest level down: no token of a lower level is better, or with leans better than this level's least allows.
+// looked for from the highest level down: no token of a lower level is better, or with leans better than its level allows.
 std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32_t lowest_level) const {
     n_best<ranked, better_one> best(n, {});
     const uint64_t * seen = nullptr; // all from this level on
@@ -301,14 +301,17 @@ std::vector<policy::choice::ranked> policy::choice::best_frozen(size_t n, uint32
         const uint64_t * above = level > 0 ? p.ranks->at_least(level) : nullptr;
         each_open<false>(above, seen, [&](uint32_t i) {
             if (!p.held.has(i)) {
-                best.offer({ p.rank(i), i });
+                best.offer({ p.rank_frozen(i), i });
             }
         });
-        if (level <= lowest_level || (best.has_all() && (!p.params.leans || best.last().rank >= MOST_LEAN*p.ranks->least(level)))) {
+        if (best.has_all()) {
+            lowest_level = p.params.leans ? std::max(lowest_level, p.ranks->level_of(best.last().rank / MOST_LEAN)) : level;
+        }
+        if (level <= lowest_level) {
             break;
         }
         seen  = above;
-        level = level > lowest_level + down ? level - down : lowest_level;
+        level = !best.has_all() && level > lowest_level + down ? level - down : lowest_level;
     }
     return best.sorted_after(0);
 }
@@ -343,7 +346,7 @@ void policy::choice::take_best() {
     }
     const auto last = std::max_element(going.begin(), going.end(), worse_one());
     result.highest_going = last != going.end() ? p.ranks->score(last->token) : p.highest_going;
-    result.lowest_coming = coming.empty() ? p.lowest_coming : p.ranks->score(coming.back().token);
+    result.lowest_coming = coming.empty() ? p.lowest_coming : coming.back().rank;
 }
 
 void policy::decide_by_budget(plan & result, uint32_t capacity, span h, uint32_t n_judged, occasion why, bool frugal) const {

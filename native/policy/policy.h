@@ -179,7 +179,12 @@ private:
     bool     has_timers() const { return params.threshold || params.timer_share > 0; }
     bool     has_histories() const { return has_timers() || has_own_scores(); }
     // What decides who stays.
-    float    rank(uint32_t token) const { return params.recall ? rank_of(token, leaning(token, ranks->score(token))) : own_rank(token); }
+    float    rank(uint32_t token) const { return is_frozen(token) ? rank_frozen(token) : rank_active(token); }
+    float    rank_frozen(uint32_t token) const { return params.recall ? leaning(token, ranks->score(token)) : own_rank(token); }
+    float    rank_active(uint32_t token) const {
+        const float rank = rank_frozen(token);
+        return params.recall && rank != ranking::UNSEEN ? in_pool(rank) : rank; // own ranks have it
+    }
     float    leaning(uint32_t token, float score) const { return leans.empty() || score == ranking::UNSEEN ? score : score*leans[token]; }
     float    rank_of(uint32_t token, float score) const { return score == ranking::UNSEEN || is_frozen(token) ? score : in_pool(score); }
     float    own_rank(uint32_t token) const;
