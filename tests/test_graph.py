@@ -18,7 +18,10 @@ def reused_graphs(llm) -> int:
 
 @pytest.mark.parametrize(
     ("policy", "type_kv"),
-    [("asrkf", 1), ("asrkf", 8), ("asrkf,layers=shared", 1), ("asrkf,recall=mean_key", 1), ("asrkf,layers=each", 1), ("paper", 1)],
+    [
+        ("asrkf", 1), ("asrkf", 8), ("asrkf,layers=shared", 1), ("asrkf,recall=mean_key", 1), ("asrkf,ranking=own", 1), ("asrkf,layers=each", 1),
+        ("paper", 1),
+    ],  # fmt: skip
 )
 def test_all_decode_steps_but_the_first_use_the_graph_again(load, smollm2, text, policy, type_kv):
     """Also those that score, decide and move: with tokens frozen nothing about the graph changes any more."""
@@ -86,7 +89,9 @@ def splits_of(load, model: str, policy: str, **options) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("type_kv", [1, 8])
-@pytest.mark.parametrize("policy", ["asrkf", "asrkf,layers=shared", "asrkf,layers=each,recall=mean_key", "asrkf,score_layers=0-29"])
+@pytest.mark.parametrize(
+    "policy", ["asrkf", "asrkf,layers=shared", "asrkf,layers=each,recall=mean_key", "asrkf,score_layers=0-29", "asrkf,ranking=own"]
+)
 def test_the_graph_runs_in_as_many_pieces_as_upstreams(load, smollm2, policy, type_kv):
     """Each further piece is a point where a device waits for another. "full" is upstream's graph."""
     options = {"n_ctx": 1024, "type_k": type_kv, "type_v": type_kv}

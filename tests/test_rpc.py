@@ -266,7 +266,13 @@ def plain_messages(steps: list[dict], scored: bool | None) -> int:
 LAYERS = "/".join(f"{il}@{(512, 768)[il % 2]}" for il in range(12))
 
 
-@pytest.mark.parametrize("policy", ["asrkf,pool=512,window=128", f"asrkf,layers={LAYERS},window=128"], ids=["one group", "twelve groups"])
+KEYS = {
+    name: f"asrkf,{keys},window=128"
+    for name, keys in (("one group", "pool=512"), ("twelve groups", f"layers={LAYERS}"), ("own ranking", f"layers={LAYERS},ranking=own"))
+}
+
+
+@pytest.mark.parametrize("policy", KEYS.values(), ids=list(KEYS))
 def test_a_plain_decode_step_is_at_most_three_messages_more_than_upstreams(twelve_layers, policy):
     full, ours = count(twelve_layers, "full"), count(twelve_layers, policy)
     upstream, plain = plain_messages(full["steps"], None), plain_messages(ours["steps"], 0)
