@@ -18,10 +18,7 @@ def reused_graphs(llm) -> int:
 
 @pytest.mark.parametrize(
     ("policy", "type_kv"),
-    [
-        ("asrkf", 1), ("asrkf", 8), ("asrkf,layers=shared", 1), ("asrkf,recall=mean_key", 1), ("asrkf,ranking=own", 1), ("asrkf,layers=each", 1),
-        ("paper", 1),
-    ],  # fmt: skip
+    [("asrkf", 8), *((p, 1) for p in ("asrkf", "asrkf,layers=shared", "asrkf,recall=mean_key", "asrkf,ranking=own", "asrkf,layers=each", "paper"))],
 )
 def test_all_decode_steps_but_the_first_use_the_graph_again(load, smollm2, text, policy, type_kv):
     """Also those that score, decide and move: with tokens frozen nothing about the graph changes any more."""

@@ -195,6 +195,17 @@ def test_tokens_that_are_taken_back_and_come_again_are_scored_again(load, tiny, 
     assert len(found[0]) > 30 and len(found[0] ^ found[1]) < 0.5 * len(found[0])  # what is seen of the history differs by a few tokens
 
 
+def test_a_model_of_thirty_layers_has_a_group_for_each(load, tmp_path):
+    """Gates, groups and a small model's few tensors: its graph has more nodes than llama.cpp reckons with."""
+    path = tmp_path / "thirty.gguf"
+    write_tiny(path, n_layer=30)
+    _, file = gates_of(str(path), tmp_path, layers=tuple(range(30)))
+    layers = "/".join(f"{il}@{512 if il % 2 else 768}" for il in range(30))
+    llm = load(str(path), kv_policy=f"kvzip,layers={layers},gates={file}", n_ctx=2048, type_k=8, type_v=8)  # quantised: K is rotated
+    llm.eval(some_tokens(1200))
+    assert len(llm.kv_stats().groups) == 30 and llm.kv_stats().frozen_cells > 400
+
+
 def test_two_sequences_are_scored_each(tiny, tmp_path):
     gates, file = gates_of(tiny, tmp_path)
     options = llama_cpp.llama_model_default_params()

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CUDA_HEADERS = {"<cuda_fp16.h>", "<cuda_runtime.h>", "<cuda_runtime_api.h>", "cuda_shim.h"}
 NATIVE = {
     "policy": {"common.h", "policy"},
-    "store": {"common.h", "store", "ggml"},
+    "store": {"common.h", "store", "ggml", "<malloc.h>"},
     "scoring": {"common.h", "scoring", "ggml", "gguf.h"},
     "cuda": {"common.h", "store", "scoring", "cuda", "ggml", "ggml-backend-impl.h", *CUDA_HEADERS},
     "llama": {"common.h", "policy", "store", "scoring", "llama", "ggml", "llama-", "<nlohmann/json.hpp>"},

@@ -55,6 +55,7 @@ public:
 
     // figures
     std::map<ggml_backend_buffer_type_t, size_t> memory_breakdown() const override { return seen.memory_breakdown(); }
+    uint32_t graph_nodes() const override { return graph_nodes_of(groups, scored, cuts); }
     asrkf_config      get_config() const override;
     const std::string & get_pool_choice() const override { return choice; }
     asrkf_stats       get_stats(llama_context * ctx) const override { return seen.stats(ctx); }
