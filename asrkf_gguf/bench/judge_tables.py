@@ -81,10 +81,11 @@ def equal_bytes_table(folder: Path, model: str = MODEL, length: int = LENGTH) ->
 
 
 def spelled_side(row: Row) -> str:
-    """asrkf 1/3 f16: "asrkf, 1/3 of the bytes, F16"; full-q8_0: "full, Q8_0"."""
+    """asrkf 1/3 f16: "asrkf, 1/3 of the bytes, F16"; full-q8_0: "full, Q8_0"; with ranking=own that behind it."""
     policy, _, share = row["side"].partition(" ")
     of_bytes = f"{share.split()[0]} of the bytes, " if share else ""
-    return f"{policy.split('-')[0]}, {of_bytes}{row['type'].upper()}"
+    own = ", `ranking=own`" if "ranking=own" in row["config"] else ""
+    return f"{policy.split('-')[0]}, {of_bytes}{row['type'].upper()}{own}"
 
 
 def with_interval(row: Row, figure: str, digits: int) -> str:
