@@ -228,6 +228,10 @@ void memory_context::build_own_scores(llm_graph_result & res, ggml_cgraph * gf, 
     own.build(res.get_ctx(), gf, i, q, kq_scale);
 }
 
+llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed) {
+    return is_windowed ? llama_memory_context_ptr(std::make_unique<windowed_context>(std::move(context))) : std::move(context);
+}
+
 uint32_t graph_nodes_of(const layer_groups & groups, const scores & scored, const prompt_cuts & cuts) {
     constexpr uint32_t A_GROUP = 16, A_SCORING_LAYER = 48, A_GATE = 64, A_QUERY = 8;
     uint32_t n = A_GROUP*uint32_t(groups.size());
@@ -238,10 +242,6 @@ uint32_t graph_nodes_of(const layer_groups & groups, const scores & scored, cons
         }
     }
     return n;
-}
-
-llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed) {
-    return is_windowed ? llama_memory_context_ptr(std::make_unique<windowed_context>(std::move(context))) : std::move(context);
 }
 
 } // namespace asrkf

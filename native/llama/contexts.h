@@ -66,9 +66,9 @@ private:
 
 // As llama.cpp's graphs ask for it. Those of models with sliding windows want two caches. The first stands for all groups; the
 // second, the last group, is asked only where there is but one.
+llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed);
+
 // More than groups and side branches add to a graph: a node takes a few hundred bytes, and with one too few ggml aborts.
 uint32_t graph_nodes_of(const layer_groups & groups, const scores & scored, const prompt_cuts & cuts);
-
-llama_memory_context_ptr as_asked(std::unique_ptr<memory_context> context, bool is_windowed);
 
 } // namespace asrkf

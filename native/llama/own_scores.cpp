@@ -98,10 +98,8 @@ void own_scores::prepare(const std::vector<uint32_t> & seqs) {
     if (!attention) {
         return;
     }
-    if (is_pending) { // it reads what is about to change
-        attention->wait();
-        is_pending = false;
-    }
+    attention->settle(); // a run that nobody waits for reads what is about to change
+    is_pending = false;
     this->seqs = seqs;
     if (seqs.empty()) {
         return;

@@ -100,7 +100,7 @@ public:
     // Scores that have come back, into the policies: averaged over the queries of all sequences that scored. A row that
     // sequences share has what they all want of it.
     void fold_in();
-    void drop_pending() { pending.clear(); gated.drop_pending(); }
+    void drop_pending() { pending.clear(); gated.drop_pending(); own.drop_pending(); }
     // Of the newest scores that came back.
     missed_attention missed() const { return newest_missed; }
     void clear_missed() { newest_missed = {}; }

@@ -244,6 +244,7 @@ void own_attention::prepare(uint32_t n_asking) {
 }
 
 void own_attention::run(const inputs & in) {
+    is_running = true; // also what fails in the middle
     for (auto & p : parts) {
         const graph & g = *p->newest;
         auto to = p->mask.begin();
@@ -261,12 +262,21 @@ void own_attention::run(const inputs & in) {
     }
 }
 
+void own_attention::settle() {
+    for (auto & p : parts) {
+        if (is_running) {
+            ggml_backend_synchronize(p->backend);
+        }
+    }
+    is_running = false;
+}
+
 void own_attention::wait() {
+    settle();
     for (std::vector<float> & of_one : found) {
         std::fill(of_one.begin(), of_one.end(), 0.0f);
     }
     for (auto & p : parts) {
-        ggml_backend_synchronize(p->backend);
         const float * from = p->copy.data();
         for (const auto & [set, n_cells] : p->sets) { // a set's layers may be on several devices
             for (uint32_t cell = 0; cell < n_cells; ++cell) {

@@ -61,9 +61,10 @@ public:
     };
     // The graph for so many sequences: what can fail for lack of memory does so here. Throws error(ASRKF_INTERNAL).
     void prepare(uint32_t n_asking);
-    // Of the graph that was prepared. Until wait() is over, `in` stays, and nothing else may be asked.
+    // Of the graph that was prepared. Until wait() or settle() is over, `in` stays, and nothing else may be asked.
     void run(const inputs & in);
-    void wait();
+    void wait();   // for what is found
+    void settle(); // until a run that nobody waited for is over
     // Attention probability of each cell of a set, averaged over its layers, their heads, and the sequences.
     const std::vector<float> & of_set(uint32_t set) const { return found[set]; }
 
@@ -83,6 +84,7 @@ private:
     std::vector<float>                 kq_scales; // by layer; known once a graph of the model has been built
     std::vector<ggml_tensor *>         keys;      // by layer; none before attach()
     std::vector<std::vector<float>>    found;     // by set
+    bool                               is_running = false;
 };
 
 } // namespace asrkf
