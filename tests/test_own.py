@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import numpy as np
-from kv import check_states, greedy, tokens_of
+from kv import check_states, greedy, last_logits, tokens_of
 
 
 def frozen_by_layers(llm) -> dict[str, np.ndarray]:
@@ -16,8 +16,8 @@ def frozen_by_layers(llm) -> dict[str, np.ndarray]:
 
 def test_layers_with_equal_budgets_hold_different_tokens_in_the_same_bytes(load, smollm2, text):
     def run(ranking: str):
-        llm = load(smollm2, kv_policy=f"asrkf,ranking={ranking}", kv_pool=1024, n_ctx=4096)
-        llm.eval(tokens_of(llm, text, 2200))
+        llm = load(smollm2, kv_policy=f"asrkf,ranking={ranking}", kv_pool=768, n_ctx=2048)
+        llm.eval(tokens_of(llm, text, 1300))
         check_states(llm)
         return llm, llm.kv_stats()
 
@@ -41,6 +41,18 @@ def test_a_pool_that_holds_everything_changes_nothing(load, smollm2, text):
     chosen, same = greedy(llm, tokens, 20)
     assert chosen == expected and same[-1].tobytes() == logits[-1].tobytes()
     assert len(llm.kv_stats().groups) == 1
+
+
+def test_a_run_repeats(load, tiny):
+    runs = []
+    for _ in range(2):
+        llm = load(tiny, kv_policy="asrkf,ranking=own,layers=0@512/1@768", n_ctx=4096)
+        tokens = np.random.default_rng(20261128).integers(0, 256, 2200).tolist()
+        llm.eval(tokens[:2000])
+        for token in tokens[2000:]:
+            llm.eval([token])
+        runs.append((last_logits(llm).tobytes(), llm.kv_tokens(), llm.kv_tokens(1)))
+    assert runs[0] == runs[1] and llm.kv_stats().scoring_steps_total > 20
 
 
 def test_what_is_taken_back_and_read_again_is_ranked_again(load, smollm2, text):
