@@ -353,7 +353,6 @@ def test_prompts_in_place_of_each_other_take_no_more_ram(load, tiny):
         llm.eval(random.integers(0, 256, 16000).tolist())
         assert llm.kv_stats().host_kv_bytes > 0
         resident.append(psutil.Process().memory_info().rss)
-    print([r >> 10 for r in resident], llm.kv_stats().host_kv_bytes >> 10)
     assert max(resident[1:]) < resident[0] + llm.kv_stats().host_kv_bytes // 4, resident
 
 

@@ -55,7 +55,7 @@ def test_a_run_repeats(load, tiny):
     assert runs[0] == runs[1] and llm.kv_stats().scoring_steps_total > 20
 
 
-def test_what_is_taken_back_and_read_again_is_ranked_again(load, smollm2, text):
+def test_tokens_may_be_taken_back_and_read_again(load, smollm2, text):
     llm = load(smollm2, kv_policy="asrkf,ranking=own,rewalk_tokens=0", kv_pool=512)
     tokens = tokens_of(llm, text, 1500)
     llm.eval(tokens)

@@ -96,13 +96,13 @@ def require_active(stats: dict[str, Any]) -> None:
 def open_sides(arguments: argparse.Namespace, with_limit: bool) -> list[SideProcess]:
     """Upstream's full cache, ours, and on request the limit, a context of the pool's size."""
     text, pool = arguments.text.read_text() if arguments.text else topics(), str(arguments.pool)
-    sides = [(Side("upstream full"), arguments.depth), (Side(own_name(arguments.policy), arguments.policy, pool), arguments.depth)]
+    sides = [(Side("upstream full"), arguments.depth), (Side(side_name(arguments.policy), arguments.policy, pool), arguments.depth)]
     if with_limit:  # it goes back to its depth before each round: as full as it can be
         sides.append((Side("upstream n_ctx=pool", pool=pool, ctx_is_pool=True), arguments.pool - arguments.tokens - 8))
     return [SideProcess(side, depth, text, arguments) for side, depth in sides]
 
 
-def own_name(policy: str) -> str:
+def side_name(policy: str) -> str:
     """The default policy is "ours"; another is named beside it, so that a table has both."""
     return "ours" if policy == "asrkf" else f"ours, {policy.removeprefix('asrkf,')}"
 

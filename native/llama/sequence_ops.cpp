@@ -34,6 +34,7 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
     if (s.records.empty()) {
         groups.ranks_of(seq).clear();
     }
+    bool frees = false;
     for (group & g : groups) {
         g.rules[seq].erase(begin, end);
         g.unseal(seq, begin, config.block);
@@ -44,11 +45,11 @@ void sequence_ops::forget(sequence & s, uint32_t begin, uint32_t end, bool keep_
             s.fault.clear();
             g.rules[seq].clear();
             if (g.store && !keep_store && tokens.n_records() == 0) {
-                g.store->clear();
+                frees |= g.store->clear();
             }
         }
     }
-    if (tokens.n_records() == 0 && !keep_store) {
+    if (frees) {
         give_back_freed_ram();
     }
 }

@@ -85,11 +85,13 @@ uint8_t * host_store::data(uint32_t slot) const {
     return where[slot];
 }
 
-void host_store::clear() {
+bool host_store::clear() {
     if (mover) {
         mover->settle();
     }
+    const bool had_arenas = !arenas.empty();
     free_arenas();
+    return had_arenas;
 }
 
 void host_store::free_arenas() {

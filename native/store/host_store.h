@@ -42,7 +42,7 @@ public:
     // A slot; never fails after reserve().
     uint32_t acquire();
     void     release(uint32_t slot);
-    void     clear(); // all slots are free, all arenas given back
+    bool     clear(); // all slots are free, all arenas given back; false: there were none
 
     // A slot's bytes. They may still be on their way to it: this waits for them.
     uint8_t * data(uint32_t slot) const;
