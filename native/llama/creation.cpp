@@ -133,6 +133,15 @@ cached_layers layers_with_cache(const settings & config, const llama_memory_para
     return found;
 }
 
+attention_layer attention_of(const settings & config, uint32_t il) {
+    const auto & hparams = config.model.hparams;
+    ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
+    return { il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
+        dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type() };
+}
+
+float logit_soft_cap(const llama_model & model) { return model.hparams.attn_soft_cap ? model.hparams.f_attn_logit_softcapping : 0.0f; }
+
 std::string fingerprint(const llama_model & model) {
     uint64_t hash = 14695981039346656037ull; // FNV-1a
     const auto add = [&](const void * data, size_t n) {

@@ -20,22 +20,19 @@ template <typename Groups> std::unique_ptr<own_attention> make_own_attention(con
     if (!make_policy_params(config, 1).leans || std::none_of(groups.begin(), groups.end(), [&](const group & g) { return may_freeze(config, g); })) {
         return nullptr;
     }
-    const auto & hparams = config.model.hparams;
     std::vector<own_layer> layers;
     uint32_t set = 0;
     for (const group & g : groups) {
         for (const uint32_t il : g.layers) {
-            ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
             if (may_freeze(config, g)) {
-                layers.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)), type_k,
-                    dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type(), set, g.pool_cells });
+                layers.push_back({ attention_of(config, il), type_k, set, g.pool_cells });
             }
         }
         set += may_freeze(config, g);
     }
     std::sort(layers.begin(), layers.end(), [](const own_layer & a, const own_layer & b) { return a.il < b.il; }); // as they are built
     try {
-        return std::make_unique<own_attention>(std::move(layers), config.n_seq_max, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
+        return std::make_unique<own_attention>(std::move(layers), config.n_seq_max, logit_soft_cap(config.model), no_alloc);
     } catch (const error & e) {
         if (e.status != ASRKF_UNSUPPORTED) {
             throw;

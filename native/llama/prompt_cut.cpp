@@ -9,18 +9,15 @@
 namespace asrkf {
 
 std::unique_ptr<attention_rows> make_attention_rows(const settings & config, const std::vector<uint32_t> & layers, ggml_type type_k, bool no_alloc) {
-    const auto & hparams = config.model.hparams;
     std::vector<row_layer> specs;
     for (const uint32_t il : layers) {
-        ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
-        specs.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)), type_k,
-            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type(), {} });
+        specs.push_back({ attention_of(config, il), type_k, {} });
         if (const ggml_tensor * sinks = config.model.layers[il].attn_sinks; sinks && sinks->buffer && !no_alloc) {
             specs.back().sink_logits.resize(size_t(ggml_nelements(sinks)));
             ggml_backend_tensor_get(sinks, specs.back().sink_logits.data(), 0, ggml_nbytes(sinks));
         }
     }
-    return std::make_unique<attention_rows>(std::move(specs), config.rows*config.n_seq_max, hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
+    return std::make_unique<attention_rows>(std::move(specs), config.rows*config.n_seq_max, logit_soft_cap(config.model), no_alloc);
 }
 
 prompt_cuts::prompt_cuts(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, scores & scored, counters & counted, ggml_type type_k)

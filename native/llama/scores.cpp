@@ -1,5 +1,6 @@
 #include "llama/scores.h"
 
+#include "llama/creation.h"
 #include "llama/refusal.h"
 
 #include "llama-context.h"
@@ -28,20 +29,17 @@ std::vector<scoring_shape> largest_shapes(const settings & config) {
 }
 
 std::unique_ptr<relevance> make_scorer(const settings & config, const std::vector<uint32_t> & scoring_layers, const group_of_layer & group_of, std::vector<uint32_t> & sets, bool no_alloc) {
-    const auto & hparams = config.model.hparams;
     std::vector<scoring_layer> layers;
     for (const uint32_t il : scoring_layers) {
-        ggml_backend_dev_t dev = config.cparams.offload_kqv ? config.model.dev_layer(int(il)) : nullptr;
         const uint32_t ig = group_of(il);
         const auto set = std::find(sets.begin(), sets.end(), ig);
-        layers.push_back({ il, int64_t(hparams.n_embd_head_k(il)), int64_t(hparams.n_head(il)), int64_t(hparams.n_head_kv(il)),
-            dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_cpu_buffer_type(), uint32_t(set - sets.begin()) });
+        layers.push_back({ attention_of(config, il), uint32_t(set - sets.begin()) });
         if (set == sets.end()) {
             sets.push_back(ig);
         }
     }
     return std::make_unique<relevance>(layers, config.n_index_rows(), config.index_tokens_per_row(), config.n_ring_rows(), config.index_type(), score_kind(config.score),
-            hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f, no_alloc);
+            logit_soft_cap(config.model), no_alloc);
 }
 
 scores::scores(const settings & config, layer_groups & groups, token_table & tokens, transfers & moves, counters & counted,

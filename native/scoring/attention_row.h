@@ -8,6 +8,7 @@
 #pragma once
 
 #include "common.h"
+#include "scoring/attention_layer.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -22,14 +23,9 @@ namespace asrkf {
 
 constexpr uint32_t ROW_PIECE_TOKENS = 512;
 
-struct row_layer {
-    uint32_t                   il;
-    int64_t                    head; // elements of one head's key
-    int64_t                    n_head;
-    int64_t                    n_head_kv;
-    ggml_type                  type; // of the cache's keys
-    ggml_backend_buffer_type_t buft; // where they are
-    std::vector<float>         sink_logits; // of each head, of a model that has learned some; else empty
+struct row_layer : attention_layer {
+    ggml_type          type;        // of the cache's keys
+    std::vector<float> sink_logits; // of each head, of a model that has learned some; else empty
 };
 
 // Where a token's key is.

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common.h"
+#include "scoring/attention_layer.h"
 
 #include "ggml-backend.h"
 #include "ggml-cpp.h"
@@ -19,15 +20,10 @@
 
 namespace asrkf {
 
-struct own_layer {
-    uint32_t                   il;
-    int64_t                    head; // elements of one head's key
-    int64_t                    n_head;
-    int64_t                    n_head_kv;
-    ggml_type                  type;    // of the cache's keys
-    ggml_backend_buffer_type_t buft;    // where they are
-    uint32_t                   set;     // layers of one set have the same tokens in the same cells
-    uint32_t                   n_cells; // of the set
+struct own_layer : attention_layer {
+    ggml_type type;    // of the cache's keys
+    uint32_t  set;     // layers of one set have the same tokens in the same cells
+    uint32_t  n_cells; // of the set
 };
 
 class own_attention {

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "common.h"
+#include "scoring/attention_layer.h"
 #include "scoring/seen_rows.h"
 
 #include "ggml-backend.h"
@@ -25,13 +26,8 @@
 
 namespace asrkf {
 
-struct scoring_layer {
-    uint32_t                   il;
-    int64_t                    head; // elements of one head's key
-    int64_t                    n_head;
-    int64_t                    n_head_kv;
-    ggml_backend_buffer_type_t buft;    // where the layer's cache is
-    uint32_t                   set = 0; // layers of one set have the same tokens frozen
+struct scoring_layer : attention_layer {
+    uint32_t set = 0; // layers of one set have the same tokens frozen
 };
 
 // A query that scores: it sees the first n_tokens of its sequence, none if it is gone.

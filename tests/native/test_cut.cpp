@@ -327,7 +327,7 @@ void check_attention(ggml_type type, float soft_cap, bool has_sinks, uint32_t n_
     for (int h = 0; has_sinks && h < n_head; ++h) {
         sinks.push_back(2 + normal(random));
     }
-    attention_rows rows({ { 0, head, n_head, n_head_kv, type, ggml_backend_cpu_buffer_type(), sinks } }, 2, soft_cap, false);
+    attention_rows rows({ { { 0, head, n_head, n_head_kv, ggml_backend_cpu_buffer_type() }, type, sinks } }, 2, soft_cap, false);
     rows.attach({ at.cpu.get() });
     std::vector<float> query(head*n_head);
     std::generate(query.begin(), query.end(), [&] { return normal(random); });

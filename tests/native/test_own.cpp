@@ -28,7 +28,7 @@ struct scene {
     scene(const shape & s, uint32_t seed) : s(s), random(seed), cpu(ggml_backend_cpu_init()), holder(ggml_init({ 64*ggml_tensor_overhead(), nullptr, true })) {
         for (uint32_t il = 0; il < 4; ++il) {
             const uint32_t set = il % 2;
-            layers.push_back({ il, s.head, s.n_head, s.n_head_kv, s.type, ggml_backend_cpu_buffer_type(), set, n_cells[set] });
+            layers.push_back({ { il, s.head, s.n_head, s.n_head_kv, ggml_backend_cpu_buffer_type() }, s.type, set, n_cells[set] });
             keys.push_back(ggml_new_tensor_2d(holder.get(), s.type, s.head*s.n_head_kv, n_cells[set]));
         }
         own = std::make_unique<own_attention>(layers, s.n_seqs, s.soft_cap, false);

@@ -84,7 +84,7 @@ void compare(const shape & s, ggml_type type, score_kind kind, bool prompt_end =
     ggml_backend_ptr backend(ggml_backend_init_by_type(GGML_BACKEND_DEVICE_TYPE_CPU, nullptr));
     std::vector<scoring_layer> layers;
     for (uint32_t i = 0; i < s.n_layers; ++i) {
-        layers.push_back({ i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()), i % 2 });
+        layers.push_back({ { i*2, s.head, s.n_head, s.n_head_kv, ggml_backend_get_default_buffer_type(backend.get()) }, i % 2 });
     }
     relevance branch_of(layers, N_ROWS, 1, FIRST_RING_ROW + n_kept_rows, type, kind, s.soft_cap, false);
     const scoring_shape shape = { N_ROWS, prompt_end ? PROMPT_END_QUERIES : s.n_queries, prompt_end, false };
@@ -555,7 +555,7 @@ namespace {
 relevance large_index(ggml_backend_dev_t dev, ggml_type type, uint32_t tokens_per_row) {
     std::vector<scoring_layer> layers;
     for (uint32_t il : { 3u, 7u }) {
-        layers.push_back({ il, 128, 32, 8, ggml_backend_dev_buffer_type(dev) });
+        layers.push_back({ { il, 128, 32, 8, ggml_backend_dev_buffer_type(dev) } });
     }
     return relevance(layers, 4096, tokens_per_row, 40, type, SCORE_ATTENTION, 0, false);
 }

@@ -41,7 +41,7 @@ bool wants_cuda = false; // of the devices of this file
 const bool added = add_scorer_kind({ [](ggml_backend_dev_t dev) { return wants_cuda && std::strcmp(ggml_backend_dev_name(dev), "delaying") == 0; }, cuda::make_scorer });
 
 std::vector<scoring_layer> layers_of(const relevance_case & c, ggml_backend_buffer_type_t buft) {
-    return std::vector<scoring_layer>(c.n_layers, { 0, c.head, c.n_head, c.n_head_kv, buft });
+    return std::vector<scoring_layer>(c.n_layers, { { 0, c.head, c.n_head, c.n_head_kv, buft } });
 }
 
 uint32_t n_ring_rows(const relevance_data & d) { return uint32_t(d.ring[0].size() / (size_t(d.c.n_head)*d.c.head)); }
@@ -334,9 +334,9 @@ TEST(chosen, "a device has the kernels where they can do its part, and the porta
     delaying_device device;
     const scoring_shape shape = { 0, 4, false, false };
     const auto made = [&](int64_t head, int64_t n_head, ggml_type type, bool with_cpu = false, bool no_alloc = false) {
-        std::vector<scoring_layer> layers = { { 5, head, n_head, 2, &device.memory } };
+        std::vector<scoring_layer> layers = { { { 5, head, n_head, 2, &device.memory } } };
         if (with_cpu) {
-            layers.push_back({ 7, head, n_head, 2, ggml_backend_cpu_buffer_type() });
+            layers.push_back({ { 7, head, n_head, 2, ggml_backend_cpu_buffer_type() } });
         }
         const relevance kept(layers, 512, 1, 8, type, SCORE_ATTENTION, 0, no_alloc);
         device_scorers scorers(kept, { shape }, no_alloc);
@@ -370,7 +370,7 @@ TEST(chosen, "a device has the kernels where they can do its part, and the porta
 
 TEST(bytes, "what a scorer will have on the device is known without having it, and the kernels have a fraction of the graph's") {
     delaying_device device;
-    const std::vector<scoring_layer> layers = { { 3, 128, 32, 8, &device.memory }, { 7, 128, 32, 8, &device.memory } };
+    const std::vector<scoring_layer> layers = { { { 3, 128, 32, 8, &device.memory } }, { { 7, 128, 32, 8, &device.memory } } };
     const std::vector<scoring_shape> largest = { { 0, 8, false, false }, { 0, 32, true, false } };
     size_t n_bytes[2];
     for (const bool cuda : { false, true }) {
@@ -432,7 +432,7 @@ TEST(two_devices, "two devices' scores come side by side, by different scorers")
     const delays    all;
     delaying_device device;
     wants_cuda = true;
-    const std::vector<scoring_layer> layers = { { 0, c.head, c.n_head, c.n_head_kv, ggml_backend_cpu_buffer_type() }, { 1, c.head, c.n_head, c.n_head_kv, &device.memory } };
+    const std::vector<scoring_layer> layers = { { { 0, c.head, c.n_head, c.n_head_kv, ggml_backend_cpu_buffer_type() } }, { { 1, c.head, c.n_head, c.n_head_kv, &device.memory } } };
     relevance kept(layers, c.n_rows, 1, n_ring_rows(d), c.type, SCORE_ATTENTION, c.soft_cap, false);
     fill(kept, d);
     const scoring_shape shape = { c.n_rows, c.n_queries, false, false };
