@@ -149,7 +149,7 @@ std::vector<group_budget> split_pools(const settings & config, const std::vector
         return split_two(layers, mean_cells, least, config.n_ctx);
     }
     const uint32_t exact_cells = resolve_pool(config, config.n_ctx, has_mean_pool(config)); // too few for whole units that are enough: rounded up
-    return split_each(layers, exact_cells < padded(least) ? mean_cells : exact_cells, least, config.n_ctx, rule.leans);
+    return split_each(layers, exact_cells < padded(least) ? mean_cells : exact_cells, least, config.n_ctx, rule.ranks_by_layer());
 }
 
 //

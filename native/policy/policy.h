@@ -61,6 +61,7 @@ struct policy_params {
 
     bool freezes_with_room() const { return cuts || gate_threshold > 0; }
     bool wants_scores() const { return score == SCORE_ATTENTION || score == SCORE_MAGNITUDE; }
+    bool ranks_by_layer() const { return leans || score == SCORE_GATE; } // else layers with equal pools hold the same tokens
 };
 
 policy_params make_policy_params(const asrkf_config & config, uint32_t pool_cells);
