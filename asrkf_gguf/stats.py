@@ -118,6 +118,9 @@ class KVStats:
     scoring_backend: str
     """What computes scores: "graph" (ggml's operations), "cuda" (kernels of ours), "cuda+graph" where devices differ; "gates": the
     model's graph ("kvzip"); "none": nothing is scored."""
+    ranking: str
+    """What tokens are ranked by: "shared" scores of the index, or each layer's "own" attention as well; "none": no index is scored. A
+    device that lacks an operation for ranking=own has "shared"."""
     groups: tuple[GroupStats, ...]
 
 
@@ -167,7 +170,7 @@ def read_stats(context: Any) -> KVStats:
         "policy": POLICIES[raw.policy],
         "pool_choice": _pool_choice(pointer) if raw.policy else "",
         **{name: _type_name(getattr(raw, name)) for name in ("type_k", "type_v")},
-        "scoring_backend": _native.ffi.string(raw.scoring_backend).decode(),
+        **{name: _native.ffi.string(getattr(raw, name)).decode() for name in ("scoring_backend", "ranking")},
         "restores_total": {name: getattr(raw, f"restores_{name}_total") for name in _CAUSES},
         "recoveries_total": {name: getattr(raw, f"recoveries_{name}_total") for name in _LEVELS},
         "groups": tuple(groups),

@@ -22,6 +22,7 @@ def test_layers_with_equal_budgets_hold_different_tokens_in_the_same_bytes(load,
         return llm, llm.kv_stats()
 
     (own, own_stats), (_, shared_stats) = run("own"), run("shared")
+    assert (own_stats.ranking, shared_stats.ranking) == ("own", "shared")
     assert len(own_stats.groups) == 30 > 2 * len(shared_stats.groups)
     assert own_stats.device_kv_bytes == shared_stats.device_kv_bytes and own_stats.pool_cells == shared_stats.pool_cells
     assert 0 < own_stats.device_index_bytes - shared_stats.device_index_bytes <= 30 * 576 * 4 + 4096  # a query a layer
@@ -40,7 +41,7 @@ def test_a_pool_that_holds_everything_changes_nothing(load, smollm2, text):
     llm = load(smollm2, kv_policy="asrkf,ranking=own", kv_pool=2048)
     chosen, same = greedy(llm, tokens, 20)
     assert chosen == expected and same[-1].tobytes() == logits[-1].tobytes()
-    assert len(llm.kv_stats().groups) == 1
+    assert len(llm.kv_stats().groups) == 1 and llm.kv_stats().ranking == full.kv_stats().ranking == "none"
 
 
 def test_a_run_repeats(load, tiny):

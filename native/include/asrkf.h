@@ -162,6 +162,7 @@ struct asrkf_stats {
     double   scoring_seconds;          /* waiting for scores and folding them in; computing them is part of the step */
     double   moves_seconds;
     char     scoring_backend[16];      /* what computes scores: "graph" (ggml's operations), "cuda" (our kernels), "cuda+graph" where devices differ; "gates": the model's graph; "none": nothing is scored */
+    char     ranking[8];               /* of the index's scores: "own" or "shared", as a device without the operations for the first has it, too; "none": no index is scored */
 };
 
 struct asrkf_group_stats {

@@ -22,6 +22,7 @@ asrkf_stats figures::stats(llama_context * ctx) const {
     s.n_sequences        = uint32_t(std::count_if(tokens.sequences.begin(), tokens.sequences.end(), [](const sequence & q) { return q.n_tokens() > 0; }));
     s.device_index_bytes = scored.index_bytes() + cuts.ring_bytes();
     std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "%s", scored.backend().c_str());
+    std::snprintf(s.ranking, sizeof(s.ranking), "%s", scored.ranked_by());
     add_cut(s);
     const recovery_trigger & trigger = tokens.sequences[placing.last_speaker()].trigger;
     for (const sequence & q : tokens.sequences) {

@@ -222,6 +222,7 @@ asrkf_stats upstream_stats(llama_context * ctx) {
     s.pool_cells  = llama_n_ctx(ctx);
     s.missed_attention_ratio = s.missed_attention_worst_ratio = 0; // nothing is frozen
     std::snprintf(s.scoring_backend, sizeof(s.scoring_backend), "none");
+    std::snprintf(s.ranking, sizeof(s.ranking), "none");
     s.kept_ratio  = -1;
     const auto * plain = dynamic_cast<llama_kv_cache *>(llama_get_memory(ctx));
     s.type_k      = plain ? plain->type_k() : -1;

@@ -69,6 +69,7 @@ public:
 
     bool is_on() const { return scorer != nullptr; }
     std::string backend() const { return devices ? devices->kinds() : gated.is_on() ? "gates" : "none"; } // as asrkf_stats names it
+    const char * ranked_by() const { return own.is_on() ? "own" : devices ? "shared" : "none"; } // the same
 
     // The branch of a step whose tokens and scored sequences are known by now: where it writes their K rows and queries, and
     // whose queries score. prompt_end: the newest PROMPT_END_QUERIES do. Once a step: its queries go into the rings. Throws

@@ -1,5 +1,6 @@
 // The attention of each layer over its own pool, from graphs, against the formula.
 #include "check.h"
+#include "delaying.h"
 
 #include "scoring/own_attention.h"
 
@@ -194,6 +195,28 @@ TEST(sizes, "what is reserved is what is allocated, and a trial counts it withou
     CHECK(trial.room_bytes()[0].second <= a.own->room_bytes()[0].second);
     CHECK(a.own->room_bytes()[0].second <= trial.room_bytes()[0].second + 4096);
     CHECK(a.own->kept_bytes()[0].second >= 4*2*64*9*sizeof(float));
+}
+
+TEST(lacking, "a device that lacks an operation is refused, with its name, the operation's and the type's; no memory is left behind") {
+    delaying_device device;
+    device.memory.device->iface.supports_op = [](ggml_backend_dev_t, const ggml_tensor * op) {
+        return op->op != GGML_OP_MUL_MAT || !ggml_is_quantized(op->src[0]->type);
+    };
+    const auto refusal = [&](ggml_type type, bool no_alloc) -> std::string {
+        std::vector<own_layer> layers = scene({ 64, 9, 3, type, 1, 0 }, 4).layers;
+        layers[1].buft = &device.memory;
+        try {
+            own_attention(layers, 1, 0, no_alloc);
+        } catch (const error & e) {
+            CHECK(e.status == ASRKF_UNSUPPORTED);
+            return e.what();
+        }
+        return "";
+    };
+    for (const bool no_alloc : { false, true }) {
+        CHECK(refusal(GGML_TYPE_Q8_0, no_alloc) == "delaying lacks MUL_MAT of q8_0");
+        CHECK(refusal(GGML_TYPE_F16, no_alloc).empty());
+    }
 }
 
 int main() { return run_all_tests(); }
