@@ -272,7 +272,8 @@ def test_control_c_pressed_twice_ends_it_at_once(small, tmp_path, interrupt_afte
     (["--pools", "0.5,lots"], r"--pools lots: .*0\.25 or 25%"), (["--pools", ","], "names no pool"), (["--rounds", 0], "--rounds 0: at least 1"),
     (["--positions", 1], "--positions 1: at least 8"),
     (["--text", "nowhere.txt"], "nowhere.txt: there is no such file"), (["--json", "nowhere/out.json"], "no folder"),
-    (["--pools", "0.001"], "no pool to compare: .*0.001|no pool to compare: .*pool"),
+    (["--policy", "full"], r"--policy full: .*such as asrkf,ranking=own"), (["--policy", "asrkf,pool=512"], "--pools says how large they are"),
+    (["--policy", "asrkf,rankin=own"], "rankin"), (["--pools", "0.001"], "no pool to compare: .*0.001|no pool to compare: .*pool"),
 ])  # fmt: skip
 def test_bad_input_is_refused_in_one_line_that_says_what_would_work(small, capsys, words, reason):
     assert compare(small, *OPTIONS, *words) == 1
@@ -329,6 +330,12 @@ def test_without_matplotlib_a_page_is_refused_before_anything_is_measured(small,
 def test_pools_are_parts_of_bytes_or_bytes():
     assert [sides.pool_of(text) for text in ("0.25", ".5", "1", "25%", "512MiB", "auto")] == ["25%", "50%", "100%", "25%", "512MiB", "auto"]
     assert [side.name for side in sides.pooled_sides("0.25, 25%,64MiB")] == ["pool 25%", "pool 64MiB"]
+
+
+def test_each_pool_is_there_with_each_policy_and_has_its_name():
+    found = sides.pooled_sides("0.25,0.5", ["asrkf", "asrkf,ranking=own", "kvzip,window=64"])
+    assert [side.name for side in found[:3]] == ["pool 25%", "pool 25%, ranking=own", "pool 25%, kvzip,window=64"]
+    assert [(side.policy, side.pool) for side in found[2:5]] == [("kvzip,window=64", "25%"), ("asrkf", "50%"), ("asrkf,ranking=own", "50%")]
 
 
 def test_the_estimate_grows_with_the_depth_and_the_bar_ends_where_it_says():

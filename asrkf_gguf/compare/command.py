@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--n-ctx", type=int, default=2048, help="context, tokens: best the one that you will use (default 2048)")
     sizes = "parts of the bytes of the full F16 cache (25%% or 0.25), bytes (512MiB), or auto: what fits the device"
     parser.add_argument("--pools", default="25%,50%", help=f"{sizes} (default 25%%,50%%)")
+    parser.add_argument(
+        "--policy", action="append", metavar="POLICY", dest="policies", default=[],
+        help="of the pools, a kv_policy without its pool, such as asrkf,ranking=own or kvzip; repeatable, for each pool (default asrkf)",
+    )  # fmt: skip
     parser.add_argument("--text", help=f"a file to read, best one like what you will use (default: {OWN_TEXT}, in pages that no calibration reads)")
     parser.add_argument("--rounds", type=int, default=3, help="each reads another passage of the text (default 3)")
     parser.add_argument("--positions", type=int, default=64, help="tokens to decode at each depth (default 64)")
@@ -59,7 +63,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     check(arguments)
-    pooled = pooled_sides(arguments.pools)
+    pooled = pooled_sides(arguments.pools, arguments.policies or ["asrkf"])
     name = arguments.text or OWN_TEXT
     text = load_texts([f"text={arguments.text or 'topics'}"])["text"]
     arguments.model = resolve_model(arguments.model)
