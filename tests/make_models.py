@@ -56,7 +56,8 @@ def write_llama(
     writer.add_feed_forward_length(n_ff)
     writer.add_head_count(n_head)
     writer.add_head_count_kv(n_head_kv)
-    writer.add_rope_dimension_count(n_embd // n_head)
+    if "rope.dimension_count" not in (metadata or {}):
+        writer.add_rope_dimension_count(n_embd // n_head)
     writer.add_rope_freq_base(rope_base)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(n_vocab)

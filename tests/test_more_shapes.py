@@ -6,14 +6,16 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
+import gguf
 import llama_cpp
 import numpy as np
 import pytest
 from conftest import python
 from kv import check_states
 from make_models import write_tiny
-from test_architectures import N_TOKENS, compare_with_mask, logits_after, tokens
+from test_architectures import ARCHITECTURES, LAYER_NORM, N_TOKENS, QK_NORMS, compare_with_mask, logits_after, tokens
 
+from asrkf_gguf import KVError
 from asrkf_gguf.models import kv_bytes_per_token
 
 YARN = {"rope_scaling_type": llama_cpp.LLAMA_ROPE_SCALING_TYPE_YARN, "rope_freq_scale": 0.25, "yarn_orig_ctx": 128}
@@ -54,27 +56,80 @@ def shift(llm) -> None:
     llm.n_tokens = N_TOKENS - 100
 
 
-def keys(llm) -> np.ndarray:
-    """K of the first layer, by position: there it depends on the token and its position alone."""
-    rows = [llm.kv_rows(position)[: 2 * 64 * 2] for position in range(llm.n_tokens)]
-    return np.frombuffer(b"".join(rows), np.float16).reshape(len(rows), -1).astype(np.float32)
+def keys(llm, kind: str = "F16", n_elements: int = 2 * 64, layer: int = 0) -> np.ndarray:
+    """K of a layer as it is stored, by position. In the first layer it depends on the token and its position alone."""
+    type_k = gguf.GGMLQuantizationType[kind]
+    block_elements, block_bytes = gguf.GGML_QUANT_SIZES[type_k]
+    n_bytes = n_elements // block_elements * block_bytes
+    rows = [llm.kv_rows(position)[2 * layer * n_bytes :][:n_bytes] for position in range(llm.n_tokens)]  # K and V of each layer
+    return gguf.quants.dequantize(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), -1), type_k)
 
 
 def test_with_scaled_rope_a_shifted_key_is_that_of_its_new_position(load, rope):
     path, options = rope
-    llm = load(path, kv_policy="asrkf,layers=shared,window=64", kv_pool=512, n_ctx=512, **options)
+    shifted_keys_are_those_of_their_new_positions(load, path, "F16", **options)
+
+
+SHAPES = {
+    "heads of 64": {}, "heads of 96": {"n_embd": 384},
+    "a quarter turned": {**ARCHITECTURES["stablelm"], "arch": "stablelm"} | {"metadata": {**LAYER_NORM, "rope.dimension_count": 16}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_shifted_key_of_each_type_is_that_of_its_new_position(load, tmp_path: Path, shape, kind):
+    """Quantised keys are stored rotated where a head's size allows that; upstream's shift then dies, or turns the wrong elements."""
+    write_tiny(tmp_path / "model.gguf", **SHAPES[shape])
+    type_kv = int(gguf.GGMLQuantizationType[kind])
+    shifted_keys_are_those_of_their_new_positions(load, str(tmp_path / "model.gguf"), kind, type_k=type_kv, type_v=type_kv)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_shifted_key_of_each_architecture_is_that_of_its_new_position(load, tmp_path: Path, arch):
+    write_tiny(tmp_path / "model.gguf", arch=arch, **ARCHITECTURES[arch])
+    shifted_keys_are_those_of_their_new_positions(load, str(tmp_path / "model.gguf"), "F16")
+
+
+def test_layers_whose_keys_have_no_position_keep_them(load, tmp_path: Path):
+    """Every fourth of SmolLM3; upstream's shift turns them, too."""
+    write_tiny(tmp_path / "model.gguf", arch="smollm3", n_layer=4)
+    llm = load(str(tmp_path / "model.gguf"), kv_policy="asrkf,layers=shared,window=64", kv_pool=512, n_ctx=512)
     llm.eval(tokens(N_TOKENS, 1))
-    before = keys(llm)
+    before = [keys(llm, layer=il) for il in range(4)]
+    assert llm.freeze(160, 220) == 60
+    shift(llm)
+    after = [keys(llm, layer=il) for il in range(4)]
+    for il in range(4):
+        turned = np.abs(after[il][50:] - before[il][150:]).max()
+        assert turned == 0 if il == 3 else turned > 0.1 * np.abs(before[il]).max(), il
+
+
+def test_keys_with_more_than_a_rotation_behind_them_are_not_shifted(load, tmp_path: Path):
+    write_tiny(tmp_path / "model.gguf", arch="hunyuan-dense", extra=QK_NORMS)
+    llm = load(str(tmp_path / "model.gguf"), kv_policy="asrkf,layers=shared,window=64", kv_pool=512, n_ctx=512)
+    llm.eval(tokens(N_TOKENS, 1))
+    assert not llama_cpp.llama_memory_can_shift(llama_cpp.llama_get_memory(llm._ctx.ctx))
+    shift(llm)
+    with pytest.raises(KVError, match=r"could not be shifted.*a way that a shift cannot follow"):
+        llm.eval([1])
+
+
+def shifted_keys_are_those_of_their_new_positions(load, path: str, kind: str, **options) -> None:
+    llm = load(path, kv_policy="asrkf,layers=shared,window=64", kv_pool=512, n_ctx=512, **options)
+    n_elements = llm.n_embd() // 2
+    llm.eval(tokens(N_TOKENS, 1))
+    before = keys(llm, kind, n_elements)
     assert llm.freeze(10, 40) + llm.freeze(160, 220) == 90
     shift(llm)
     assert llm.kv_stats().frozen_cells == 90  # shifted where they are
-    found = keys(llm)
+    found = keys(llm, kind, n_elements)
     check_states(llm)
     llm.reset()
     llm.eval(tokens(N_TOKENS, 1)[:50] + tokens(N_TOKENS, 1)[150:])
-    expected = keys(llm)
+    expected = keys(llm, kind, n_elements)
     largest = np.abs(expected).max()
-    assert np.abs(found - expected).max() < 2e-3 * largest  # F16, rounded twice
+    assert np.abs(found - expected).max() < {"F16": 2e-3, "BF16": 0.01, "Q8_0": 0.02, "Q4_0": 0.3}[kind] * largest  # rounded twice
     assert np.abs(before[150:] - expected[50:]).max() > 0.1 * largest  # so it is the shift that makes them equal
 
 

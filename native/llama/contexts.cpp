@@ -181,6 +181,7 @@ void memory_context::look_again(llama_context & lctx) {
 }
 
 void memory_context::build_side_branch_of(llm_graph_result & res, ggml_cgraph * gf, ggml_tensor * q, ggml_tensor * k_cur, float kq_scale, int32_t il) const {
+    groups[groups.of_layer(uint32_t(il))].cache->note_rotation(uint32_t(il), k_cur);
     build_scores(res, gf, q, k_cur, kq_scale, il);
     build_queries(res, gf, q, kq_scale, il);
     build_own_scores(res, gf, q, kq_scale, il);

@@ -3,12 +3,11 @@
 #include "common.h"
 
 #include "llama-batch.h"
-#include "llama-cparams.h"
+#include "llama-impl.h"
 #include "llama-model.h"
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 #include <cstring>
 #include <numeric>
 
@@ -184,29 +183,47 @@ void group_cache::write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, co
     }
 }
 
-void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const {
-    if (!hparams.has_rope(il) || hparams.rope_type == LLAMA_ROPE_TYPE_NONE) {
+void group_cache::note_rotation(uint32_t il, const ggml_tensor * k_cur) {
+    if (has_layer(il)) {
+        rotations[il] = rotation_of(k_cur);
+    }
+}
+
+std::string group_cache::why_no_shift() const {
+    for (const auto & layer : layers) {
+        const auto found = rotations.find(layer.il);
+        if (found == rotations.end() || found->second.is == key_rotation::kind::other) {
+            return format("layer %u of %s has positions in its keys in a way that a shift cannot follow", layer.il, model.arch_name().c_str());
+        }
+    }
+    return get_can_shift() ? "" : format("%s does not allow it", model.arch_name().c_str());
+}
+
+void group_cache::rotate(ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const {
+    const key_rotation & how = rotations.at(il);
+    if (how.is == key_rotation::kind::none) {
         return;
     }
     const ggml_tensor * k = k_of(il);
-    const int64_t n = int64_t(shifts.size()), n_rot = hparams.n_rot(il), n_head_kv = hparams.n_head_kv(il);
+    const int64_t n = int64_t(shifts.size()), n_head_kv = hparams.n_head_kv(il);
     ggml_init_params params = { 32*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
     ggml_context_ptr holder(ggml_init(params));
     ggml_context * ctx = holder.get();
-    ggml_tensor * all     = ggml_new_tensor_2d(ctx, k->type, k->ne[0], n);
+    ggml_tensor * all     = ggml_new_tensor_3d(ctx, k->type, k->ne[0] / n_head_kv, n_head_kv, n);
     ggml_tensor * by      = ggml_new_tensor_1d(ctx, GGML_TYPE_I32, n);
-    ggml_tensor * rot     = build_input_k_rot(ctx);
-    ggml_tensor * source  = model.get_rope_factors(cparams, int(il));
-    ggml_tensor * factors = source ? ggml_dup_tensor(ctx, source) : nullptr;
-    ggml_tensor * heads   = ggml_view_3d(ctx, all, n_rot, n_head_kv, n, ggml_row_size(k->type, hparams.n_embd_head_k(il)), all->nb[1], 0);
+    ggml_tensor * factors = how.factors ? ggml_dup_tensor(ctx, how.factors) : nullptr;
+    ggml_tensor * rot     = nullptr;
     ggml_cgraph * graph   = ggml_new_graph(ctx);
-    // The rows have YaRN's magnitude already. ggml's rope gives it again, so here the factor takes it back: upstream's shift does
-    // not, and makes every key of the cache larger each time.
-    llama_cparams plain = cparams;
-    const float freq_scale = model.get_rope_freq_scale(cparams, int(il));
-    plain.yarn_attn_factor = cparams.yarn_ext_factor != 0 ? 1/(1 + 0.1f*std::log(1/freq_scale)) : 1;
-    ggml_build_forward_expand(graph, build_rope_shift(plain, ctx, heads, by, rot, factors, model.get_rope_freq_base(cparams, int(il)),
-            freq_scale, il));
+    if (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32) {
+        ggml_build_forward_expand(graph, turn(ctx, how, all, by, factors));
+    } else { // upstream's way with quantised keys, but of whole heads, whatever part of them is turned
+        rot = build_input_k_rot(ctx);
+        ggml_tensor * keys = ggml_cast(ctx, all, GGML_TYPE_F32);
+        keys = rot ? llama_mul_mat_hadamard(ctx, keys, rot) : keys;
+        ggml_build_forward_expand(graph, turn(ctx, how, keys, by, factors)); // within keys
+        keys = rot ? llama_mul_mat_hadamard(ctx, keys, rot) : keys;
+        ggml_build_forward_expand(graph, ggml_cpy(ctx, keys, all));
+    }
     ggml_backend_buffer_ptr buffer(ggml_backend_alloc_ctx_tensors(ctx, cpu));
     if (!buffer) {
         throw error(ASRKF_INTERNAL, "no host memory to rotate keys in");
@@ -216,9 +233,9 @@ void group_cache::rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint
     if (rot) {
         set_input_k_rot(rot);
     }
-    if (source) {
-        std::vector<uint8_t> bytes(ggml_nbytes(source));
-        ggml_backend_tensor_get(source, bytes.data(), 0, bytes.size());
+    if (factors) {
+        std::vector<uint8_t> bytes(ggml_nbytes(factors));
+        ggml_backend_tensor_get(how.factors, bytes.data(), 0, bytes.size());
         ggml_backend_tensor_set(factors, bytes.data(), 0, bytes.size());
     }
     if (ggml_backend_graph_compute(cpu, graph) != GGML_STATUS_SUCCESS) {

@@ -7,12 +7,15 @@
 #pragma once
 
 #include "common.h"
+#include "llama/key_rotation.h"
 #include "policy/token_set.h"
 
 #include "llama-kv-cache.h"
 
 #include "ggml-backend.h"
 
+#include <map>
+#include <string>
 #include <vector>
 
 namespace asrkf {
@@ -54,11 +57,17 @@ public:
     void      apply(const slot_info & slot, const llama_ubatch & ubatch); // apply_ubatch()
     void      write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, const slot_info & slot, bool causal) const; // set_input_kq_mask()
 
-    // Rows [n] of layer il's K, as stored, to other positions: upstream's own K-shift (llama_kv_cache::build_graph_shift), on
+    // k_cur: layer il's keys in a graph of the model, which tells how positions are in them.
+    void note_rotation(uint32_t il, const ggml_tensor * k_cur);
+    // Why keys cannot be taken to other positions; "" if they can. llama.cpp builds a graph when it makes a context, so this is known.
+    std::string why_no_shift() const;
+    // Rows [n] of layer il's K, as stored, to other positions: what upstream's K-shift does (llama_kv_cache::build_rope_shift), on
     // the host, since most of them may be there. Throws error(ASRKF_MOVE_FAILED or ASRKF_INTERNAL).
-    void rotate(const llama_cparams & cparams, ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
+    void rotate(ggml_backend_t cpu, uint32_t il, std::vector<uint8_t> & rows, const std::vector<int32_t> & shifts) const;
 
 private:
+    std::map<uint32_t, key_rotation> rotations; // by layer
+
     std::vector<token_set> none(uint32_t n) const;
     void set_active(uint32_t cell, uint32_t seq);
 

@@ -19,6 +19,8 @@
 #include "llama/tokens.h"
 #include "llama/transfers.h"
 
+#include <algorithm>
+
 namespace asrkf {
 
 class memory final : public llama_memory_i, public engine {
@@ -38,7 +40,7 @@ public:
     void seq_keep(llama_seq_id seq_id) override { sequences.keep(seq_id); }
     void seq_add (llama_seq_id seq_id, llama_pos p0, llama_pos p1, llama_pos shift) override;
     void seq_div (llama_seq_id seq_id, llama_pos p0, llama_pos p1, int d) override;
-    bool get_can_shift() const override { return groups.first().cache->get_can_shift(); }
+    bool get_can_shift() const override { return std::all_of(groups.begin(), groups.end(), [](const group & g) { return g.cache->why_no_shift().empty(); }); }
     llama_pos seq_pos_min(llama_seq_id seq_id) const override { return tokens.has(seq_id) ? tokens.pos_min(tokens.named(seq_id)) : -1; }
     llama_pos seq_pos_max(llama_seq_id seq_id) const override { return tokens.has(seq_id) ? tokens.pos_max(tokens.named(seq_id)) : -1; }
 

@@ -9,8 +9,10 @@
 namespace asrkf {
 
 void shifts::move(sequence & s, llama_pos p0, llama_pos p1, const std::function<llama_pos(llama_pos)> & moved) {
-    if (!groups.first().cache->get_can_shift()) {
-        unsupported(format("%s does not allow it", config.model.arch_name().c_str()));
+    for (const group & g : groups) {
+        if (const std::string reason = g.cache->why_no_shift(); !reason.empty()) {
+            unsupported(reason);
+        }
     }
     const uint32_t begin = tokens.lower_bound(s, std::max(p0, 0));
     uint32_t end = p1 < 0 ? s.n_tokens() : tokens.lower_bound(s, p1);
@@ -39,6 +41,7 @@ void shifts::move(sequence & s, llama_pos p0, llama_pos p1, const std::function<
     book(s, begin, ids, by);
     s.rings.forget_from(0);
     s.why.forget_reset();
+    moves.prepare(); // the index is made of rows that may still be on their way, and CUDA reads them on another stream
     scored.index_records(ids);
 }
 
@@ -158,7 +161,7 @@ void shifts::rotate_keys(group & g, ggml_backend_t cpu, const std::vector<uint8_
         for (size_t i = 0; i < hosts.size(); ++i) {
             std::memcpy(keys.data() + i*part.row_bytes, hosts[i] + part.offset, part.row_bytes);
         }
-        g.cache->rotate(config.cparams, cpu, *il, keys, by);
+        g.cache->rotate(cpu, *il, keys, by);
         for (size_t i = 0; i < hosts.size(); ++i) {
             std::memcpy(hosts[i] + part.offset, keys.data() + i*part.row_bytes, part.row_bytes);
         }

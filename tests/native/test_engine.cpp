@@ -1008,6 +1008,7 @@ TEST(shifts, "a shift rotates frozen rows as upstream rotates its own, bit for b
             llama_context * whole = make_context("asrkf,pool=2048", o); // nothing frozen: upstream's cells
             llama_context * plain = make_context(nullptr, o);
             for (llama_context * c : { ours, whole, plain }) {
+                CHECK(llama_memory_can_shift(llama_get_memory(c)));
                 CHECK(extend(c, { 0 }, 400) == 0 && extend(c, { 0 }, 400) == 0);
             }
             CHECK(stats_of(ours).frozen_cells > 0);
