@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from . import _native
 
 PoolSize = Union[int, float, str]
 POLICIES = ("full", "asrkf", "paper", "window", "random", "flag-all", "refreekv", "kvzip")
+PRESETS = ("quality", "default", "aggressive")
+"""asrkf with a half, a third and an eighth of the full F16 cache's bytes."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class FreezeConfig:
     """
 
     policy: str = "asrkf"
-    """"full" (upstream's cache), "asrkf", "paper", "refreekv", "kvzip", or a control: "window", "random", "flag-all"."""
+    """"full" (upstream's cache), "asrkf", "paper", "refreekv", "kvzip", or a control: "window", "random", "flag-all"; or asrkf with a part of the
+    full F16 cache's bytes: "quality" (a half), "default" (a third), "aggressive" (an eighth)."""
     pool: Optional[PoolSize] = None
     """Size of the pool: "auto" (what fits the device), cells (2048), part of n_ctx (0.25), bytes of K, V and index ("512MiB"), or so
     much of the bytes of a full F16 cache of the served layers ("33%"). `Llama(kv_pool=...)` sets it."""
@@ -127,7 +131,8 @@ class FreezeConfig:
         """Read "name,key=value,..." (the form of the environment variable LLAMA_KV_POLICY)."""
         _native.parse_config(text)  # unknown keys are refused there, with the nearest known one
         policy, *pairs = text.split(",")
-        return cls(policy, **dict(pair.split("=", 1) for pair in pairs))  # type: ignore[arg-type]
+        kinds = {row["name"]: row["kind"] for row in _native.config_table()}
+        return cls(policy, **{key: _number(value, kinds[key]) for key, value in (pair.split("=", 1) for pair in pairs)})
 
     def to_string(self) -> str:
         """The configuration as "name,key=value,...", without what is left to the preset."""
@@ -152,3 +157,11 @@ class FreezeConfig:
         if self.pool is not None and self.pool != pool:
             raise ValueError(f"kv_pool={pool!r} contradicts FreezeConfig(pool={self.pool!r}): give one of the two")
         return dataclasses.replace(self, pool=pool)
+
+
+def _number(text: str, kind: str) -> Any:
+    """A value of the configuration table as its field has it: a number where it is one, else text ("8GiB")."""
+    for read in {"integer": (int,), "bytes": (int,), "real": (int, float), "pool": (int, float)}.get(kind, ()):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    return text

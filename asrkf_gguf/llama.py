@@ -44,7 +44,8 @@ class Llama(LlamaBase):
     All arguments are llama_cpp.Llama's; `flash_attn` defaults to True, since a policy needs it. More:
 
     kv_policy: None (what LLAMA_KV_POLICY says, else upstream's cache), "full" (upstream's cache), a preset ("asrkf",
-        "paper", "refreekv", "kvzip", "window", "random", "flag-all"), a string "name,key=value,..." or a FreezeConfig.
+        "paper", "refreekv", "kvzip", "window", "random", "flag-all"; "quality", "default", "aggressive": asrkf with a half, a third, an
+        eighth of the F16 cache's bytes), a string "name,key=value,..." or a FreezeConfig.
     kv_pool: "auto" (what fits the device; the default), cells of the pool (2048; a mean over the layers, see docs/policy.md), part of n_ctx
         (0.25), bytes of K, V and index on the device ("512MiB", rounded down: a bound), or a part of a full F16 cache's ("33%").
     type_k, type_v: the cache's types. If neither is named, a pool of bytes has the best that it has room for: all tokens in F16,
@@ -96,7 +97,7 @@ class Llama(LlamaBase):
         if kwargs.get("draft_model") is not None:
             kwargs["logits_all"] = True  # llama_cpp.Llama keeps all logits then, but without this has room for n_batch rows only
         self._tracing = False
-        self.progress: Optional[Progress] = PromptBar() if progress is True else progress or None
+        self.progress = progress
         settings = _native.parse_config(config.to_string()) if config else _native.ffi.NULL
         _native.lib.asrkf_clear_error()
         _native.check(_native.lib.asrkf_next_context(settings))
@@ -135,7 +136,7 @@ class Llama(LlamaBase):
         revision: Optional[str] = None,
         **kwargs: Any,
     ) -> Llama:
-        """A model of the Hugging Face hub: Llama.from_pretrained("owner/repo", quant="Q4_K_M"), with Llama's arguments.
+        """A model of the Hugging Face hub: Llama.from_pretrained("owner/repo", quant="Q4_K_M", n_gpu_layers=-1), with Llama's arguments.
 
         The file is named by its quantisation, or by `filename`, a path or pattern; a split model comes with all its parts. It is fetched
         once, into the hub's cache; a download that was cut goes on. revision: a branch, tag or commit. `local_dir` and
@@ -160,7 +161,7 @@ class Llama(LlamaBase):
         for fault in family.faults(self.model, Path(self.model_path)):
             log.warning("%s: %s", Path(self.model_path).name, fault)
         is_stretched = self.context_params.rope_scaling_type > 0 or self.context_params.rope_freq_scale not in (0, 1)
-        if self.n_ctx() > n_trained and not is_stretched:
+        if self.n_ctx() > n_trained > 0 and not is_stretched:
             log.warning("n_ctx=%d is more than the %d tokens that the model was trained for: expect nonsense past them", self.n_ctx(), n_trained)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -327,6 +328,15 @@ class Llama(LlamaBase):
     # the cache
 
     @property
+    def progress(self) -> Optional[Progress]:
+        """Who is told how far a prompt is read; set it to True for a bar, to None for nobody."""
+        return self._progress
+
+    @progress.setter
+    def progress(self, told: Union[Progress, bool, None]) -> None:
+        self._progress: Optional[Progress] = PromptBar() if told is True else told or None
+
+    @property
     def _pointer(self) -> Any:
         return _native.context_pointer(self.ctx)
 
@@ -363,9 +373,10 @@ class Llama(LlamaBase):
         _native.check(_native.lib.asrkf_restore(self._pointer, 0, begin, end, moved))
         return moved[0]
 
-    def set_host_limit(self, limit_bytes: int) -> None:
-        """Another host_limit from now on, 0 for none: what it refused may be tried again. KVError if more is in use."""
-        _native.check(_native.lib.asrkf_set_host_limit(self._pointer, limit_bytes))
+    def set_host_limit(self, limit_bytes: Union[int, str]) -> None:
+        """Another host_limit from now on ("8GiB", or a number), 0 for none: what it refused may be tried again. KVError if more is in use."""
+        limit = _native.parse_config(f"asrkf,host_limit={limit_bytes}").host_limit
+        _native.check(_native.lib.asrkf_set_host_limit(self._pointer, limit))
 
     def pin(self, begin: int, end: int) -> None:
         """Never freeze positions [begin, end), also those still to come; KVError if the pool would be too small."""
@@ -390,7 +401,9 @@ class Llama(LlamaBase):
 
     def kv_rows(self, position: int, group: int = 0) -> bytes:
         """Raw cache bytes of one token (K then V, layer by layer of the group), from wherever they are."""
-        size = self.kv_stats().groups[group].token_bytes
+        raw = _native.struct("asrkf_group_stats")
+        _native.check(_native.lib.asrkf_get_group_stats(self._pointer, group, raw))
+        size = raw.token_bytes
         out = _native.ffi.new("uint8_t[]", size)
         _native.check(_native.lib.asrkf_get_rows(self._pointer, 0, group, position, out, size))
         return bytes(_native.ffi.buffer(out, size))
@@ -412,8 +425,8 @@ class KVTrace:
     def __enter__(self) -> KVTrace:
         if self._llm._tracing:
             raise RuntimeError("a trace of this model is running: end its with block first")
-        self._llm._tracing = True
         _native.check(_native.lib.asrkf_trace(self._llm._pointer, self._buffer, self._capacity))
+        self._llm._tracing = True
         return self
 
     def __exit__(self, *_: object) -> None:

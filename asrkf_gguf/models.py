@@ -101,7 +101,7 @@ def find_side_file(model_path: Path) -> Optional[Path]:
     """
     name = side_file_name(model_path)
     for path in [model_path.with_name(name), _native.PACKAGE / "calibrations" / name]:
-        if not path.is_file() or "," in str(path):
+        if not path.is_file() or "," in str(path) or not model_path.exists():
             continue
         try:
             expected = json.loads(path.read_text()).get("model_file_bytes")

@@ -91,6 +91,7 @@ class Plan:
     partials: tuple[Partial, ...] = ()
     """Of upstream's sides that do not fit; the one that leaves least in RAM comes first."""
     command: str = ""
+    """Of the side with a pool, if it fits."""
 
 
 @contextlib.contextmanager
@@ -155,16 +156,23 @@ def plan(
         raise ValueError(f"n_ctx={n_ctx}, n_ubatch={n_ubatch}: n_ctx is 0 (the training's) or more, n_ubatch 1 or more")
     config = FreezeConfig.from_string(kv_policy).with_types(are_named=False)
     with tempfile.TemporaryDirectory() as scratch:
-        path = _header_of(model, Path(scratch)) if model.startswith("hf:") else resolve_model(model)
+        path = header_or_model(model, Path(scratch))
         policy = with_calibration(config, str(path)).to_string()
         with loaded_model(path, no_alloc=True, load_mode=llama_cpp.LLAMA_LOAD_MODE_NONE, n_gpu_layers=n_gpu_layers) as trial:
             n_trained = llama_cpp.llama_model_n_ctx_train(trial)
             made = _plan(model, path, trial, n_ctx or n_trained, n_trained, vram, policy, n_ubatch)
-    command = f"asrkf run {model} -c {made.n_ctx}" + ("" if kv_policy == "asrkf" else f" --kv-policy {kv_policy}")
-    return made if made.sides[-1].refused else dataclasses.replace(made, command=command)
+    if made.is_estimate and n_gpu_layers >= 0:
+        raise ValueError("n_gpu_layers needs the card here: for one that is not, the plan says how many layers would fit")
+    differs = {"--kv-policy": (kv_policy, "asrkf"), "--n-gpu-layers": (n_gpu_layers, -1), "--ubatch": (n_ubatch, 512)}
+    options = [f"{name} {value}" for name, (value, default) in differs.items() if value != default]
+    command = " ".join([f"asrkf run {model} -c {made.n_ctx}", *options])
+    return made if made.sides[-1].refused or made.sides[-1].missing_bytes else dataclasses.replace(made, command=command)
 
 
-def _header_of(name: str, folder: Path) -> Path:
+def header_or_model(name: str, folder: Path) -> Path:
+    """A model on the hub: its header, in `folder`, without its weights. Another: its file."""
+    if not name.startswith("hf:"):
+        return resolve_model(name)
     from . import hub  # half a second, which only this needs
 
     return hub.header_of(name, folder)

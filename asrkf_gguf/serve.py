@@ -63,8 +63,10 @@ class ModelSettings(server_settings.ModelSettings):
     verbose: bool = Field(default=False, description="llama.cpp's log. (default: False)")
 
     def policy(self) -> dict[str, Optional[str]]:
-        """kv_policy and kv_pool for Llama(); ValueError for an unknown policy or key."""
+        """kv_policy and kv_pool for Llama(); ValueError for an unknown policy or key, and for a setting that llama-cpp-python drops."""
         FreezeConfig.from_string(self.kv_policy)
+        if self.rpc_servers:
+            raise ValueError("rpc_servers: llama-cpp-python's Llama ignores it; llama-server --rpc does not (docs/more-than-one-machine.md)")
         return {"kv_policy": self.kv_policy, "kv_pool": self.kv_pool}
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import importlib.metadata
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +138,15 @@ def test_a_row_is_appended_once_and_found_again_by_a_later_run(tmp_path):
         assert [row["run"] for row in csv.DictReader(file)] == ["a", "b"]
     records.Table(path, ["side", "run"], again=True).add({"side": "new", "run": "a"})
     assert records.Table(path, ["side", "run"]).find("a")["side"] == "new"
+
+
+def test_a_row_can_be_described_where_git_cannot_say_the_commit(monkeypatch):
+    def fails(*_arguments, **_options):
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(records.subprocess, "run", fails)
+    found = records.describe(argparse.Namespace(threads=1, model=Path("m.gguf")))
+    assert found["commit"] == importlib.metadata.version("asrkf-gguf")
 
 
 def test_rows_of_another_version_are_not_mixed(tmp_path):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from asrkf_gguf import FreezeConfig, KVError, _native
-from asrkf_gguf.config import POLICIES
+from asrkf_gguf.config import POLICIES, PRESETS
 
 
 def test_the_dataclass_has_exactly_the_keys_of_the_table():
@@ -61,6 +61,23 @@ def test_wrong_types_are_refused(value: object):
 def test_unknown_keys_of_a_string_are_refused_with_the_nearest_known_one():
     with pytest.raises(ValueError, match='"pol" is unknown; did you mean "pool"'):
         FreezeConfig.from_string("asrkf,pol=512")
+
+
+def test_a_string_has_the_values_that_the_fields_have():
+    text = "asrkf,interval=16,ema=0.5,timer_share=0,pool=2048,host_limit=8GiB,layers=two"
+    config = FreezeConfig.from_string(text)
+    assert config == FreezeConfig(interval=16, ema=0.5, timer_share=0, pool=2048, host_limit="8GiB", layers="two")
+    assert config.with_pool(2048) is not None and sorted(config.to_string().split(",")) == sorted(text.split(","))
+    for pool in ("auto", "512MiB", "33%"):
+        assert FreezeConfig.from_string(f"asrkf,pool={pool}").pool == pool
+    assert FreezeConfig.from_string("asrkf,pool=0.25") == FreezeConfig(pool=0.25)
+
+
+@pytest.mark.parametrize(("preset", "percent"), list(zip(PRESETS, ("50%", "33.3%", "12.5%"), strict=True)))
+def test_a_preset_is_a_policy_with_a_part_of_the_bytes(preset, percent):
+    assert FreezeConfig(preset).resolved() == FreezeConfig(pool=percent).resolved()
+    with pytest.raises(ValueError, match=f'did you mean "{preset}"'):
+        FreezeConfig(preset[:-1])
 
 
 def test_two_pools_contradict_each_other():

@@ -300,6 +300,8 @@ def test_a_plan_reads_the_header_of_one_quantisation_and_no_weights(hub, home, f
     assert there.returncode == 0, there.stderr
     assert there.stdout == ask(hub, home, code % str(big)).stdout
     assert 2 * MIB < hub.sent[big.name] < 24 * MIB < big.stat().st_size / 3
+    told = ask(hub, home, f"from asrkf_gguf.cli import main; main(['info', 'hf:{hub.repository}:q4_k_m'])")
+    assert "big.Q4_K_M.gguf: bytes of K and V by pool" in told.stdout and hub.sent[big.name] < 48 * MIB < big.stat().st_size, told.stderr
 
 
 def test_a_bar_is_shown_on_a_terminal(hub, home):

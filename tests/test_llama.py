@@ -412,6 +412,32 @@ def test_progress_true_is_a_bar_on_a_terminal(smollm2, text, tmp_path):
         assert program.wait() == 0
 
 
+def test_progress_can_be_a_bar_later_too(load, tiny):
+    llm = load(tiny, kv_policy="asrkf", kv_pool=512)
+    llm.progress = True
+    llm.eval([1, 2, 3])
+    assert callable(llm.progress)
+    llm.progress = False
+    assert llm.progress is None
+
+
+def test_a_trace_that_could_not_begin_is_not_in_the_way_of_the_next(load, tiny):
+    llm = load(tiny, kv_policy="asrkf", kv_pool=512)
+    with pytest.raises((KVError, ValueError)), llm.kv_trace(0):
+        pass
+    with llm.kv_trace() as trace:
+        llm.eval([1, 2, 3])
+    assert len(trace.steps) == 1
+
+
+def test_a_size_is_a_number_or_text(load, tiny):
+    llm = load(tiny, kv_policy="asrkf", kv_pool=512)
+    llm.set_host_limit("1GiB")
+    llm.set_host_limit(0)
+    with pytest.raises(ValueError, match="unknown unit"):
+        llm.set_host_limit("8 apples")
+
+
 def test_stats_of_full_are_upstreams(load, smollm2, text):
     llm = load(smollm2, n_ctx=1024, kv_policy="full")
     llm.eval(tokens_of(llm, text, 100))
@@ -419,5 +445,6 @@ def test_stats_of_full_are_upstreams(load, smollm2, text):
     assert stats.policy == "full" and stats.device_kv_bytes == 1024 * 23040
     assert stats.tokens == stats.active_cells == 100 and stats.groups == ()
     assert llm.kv_config() is None
-    with pytest.raises(KVError, match="upstream's KV cache"):
-        llm.freeze(0, 10)
+    for ask in (lambda: llm.freeze(0, 10), lambda: llm.kv_rows(0)):
+        with pytest.raises(KVError, match="upstream's KV cache"):
+            ask()

@@ -141,6 +141,15 @@ def test_the_command_prints_a_table_or_json_and_warns_past_the_training(tiny, ca
     assert made["n_ctx"] == 2048 and made["device_bytes"] == 1 << 30 and len(made["sides"]) == 4
 
 
+def test_the_command_is_of_what_was_planned_and_of_what_fits(tiny):
+    made = plan(tiny, 2048, n_gpu_layers=1, n_ubatch=128)
+    assert made.command == f"asrkf run {tiny} -c 2048 --n-gpu-layers 1 --ubatch 128"
+    too_large = plan(tiny, 2048, vram="513MiB", kv_policy="asrkf,pool=1024")
+    assert too_large.sides[-1].missing_bytes and not too_large.command
+    with pytest.raises(ValueError, match="n_gpu_layers needs the card here"):
+        plan(tiny, 2048, vram="1GiB", n_gpu_layers=1)
+
+
 @pytest.mark.parametrize(("arguments", "part"), [
     (["/nonexistent.gguf"], "does not exist"), ([__file__], "is not a GGUF file but another format"), (["{}", "--vram", "8 apples"], "unknown unit"),
     (["{}", "-c", "-5"], "n_ctx=-5"), (["{}", "--kv-policy", "arskf"], 'did you mean "asrkf"'), (["hf:nobody"], "is not hf:OWNER/REPO"),

@@ -186,6 +186,9 @@ def test_what_is_piped_in_or_in_a_file_is_the_prompt_and_a_question_may_follow(s
     assert from_file.strip()
     assert run(smollm2, *OPTIONS, "-n", "4", stdin="The cat sat on the").stdout == from_file
     assert run(smollm2, *OPTIONS, "-n", "4", "-f", "-", stdin="The cat sat on the").stdout == from_file
+    (tmp_path / "latin").write_bytes("Le café est là".encode("latin-1"))  # no UTF-8: read all the same
+    piped = subprocess.run([*RUN, smollm2, *OPTIONS, "-n", "4"], stdin=(tmp_path / "latin").open(), capture_output=True, text=True, check=True)
+    assert piped.stdout == run(smollm2, *OPTIONS, "-n", "4", "-f", str(tmp_path / "latin")).stdout
     both = run(smollm2, *OPTIONS, "-n", "4", "-f", "-", "-p", "It says:", stdin="The cat sat on the").stdout
     assert both == run(smollm2, *OPTIONS, "-n", "4", "-p", "The cat sat on the\n\nIt says:").stdout
 

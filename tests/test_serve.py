@@ -216,8 +216,10 @@ def refused_line(*arguments: str) -> str:
 
 def test_what_cannot_be_served_is_one_line_before_it_listens(smollm2, tmp_path):
     assert refused_line(smollm2, "--kv-policy", "arskf") == (
-        'asrkf serve: policy "arskf" is unknown; did you mean "asrkf"? (known: full, asrkf, paper, window, random, flag-all, refreekv, kvzip)'
+        'asrkf serve: policy "arskf" is unknown; did you mean "asrkf"? '
+        "(known: full, asrkf, paper, window, random, flag-all, refreekv, kvzip, quality, default, aggressive)"
     )
+    assert "llama-cpp-python's Llama ignores it" in refused_line(smollm2, "--rpc-servers", "127.0.0.1:50052")
     assert refused_line(smollm2, "-c", "512", "--kv-pool", "4096") == (
         'asrkf serve: pool of 4096 cells is larger than n_ctx 512: lower kv_pool, or use kv_policy="full"'
     )

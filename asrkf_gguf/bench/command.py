@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser, in_checkout: bool = False) ->
     def add(name: str, text: str, function: object) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(bench_function=function)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show where an error comes from")
         return command
 
     _add_quality(add("quality", "perplexity and KL against the full cache", quality))

@@ -51,8 +51,11 @@ def describe(arguments: argparse.Namespace) -> dict[str, Any]:
         def git(*command: str) -> str:
             return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
-        changes = git("status", "--porcelain", "--", "native", "patches", "asrkf_gguf")
-        commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+        try:
+            changes = git("status", "--porcelain", "--", "native", "patches", "asrkf_gguf")
+            commit = git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
+        except (OSError, subprocess.CalledProcessError):
+            pass  # no git here, or it distrusts the folder's owner: the version is what is known
     program = Path(sys.argv[0])
     command = shlex.join([f"scripts/{program.name}" if program.parent.name == "scripts" else program.name, *sys.argv[1:]])
     return {

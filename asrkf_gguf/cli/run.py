@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-n", "--max-tokens", type=int, help=f"tokens of an answer at most (default {PLAIN_TOKENS}; in a chat what fits)")
     parser.add_argument("-t", "--threads", type=int, default=None)
     parser.add_argument("--n-gpu-layers", type=int, default=-1, help="layers on the GPU (default: all)")
+    parser.add_argument("--ubatch", type=int, default=512, help="tokens in a step (default 512): fewer need smaller buffers")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kv-policy", default="asrkf", help='"full", a preset, or "name,key=value,..." (default asrkf)')
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_prompt(arguments: argparse.Namespace) -> Optional[str]:
     """What is asked; None for a chat. ValueError if it is empty, or there is none where one is needed."""
     file = arguments.file or (None if arguments.prompt or sys.stdin.isatty() else "-")
-    parts = [sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8", errors="replace")] if file else []
+    parts = [(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8", "replace")] if file else []
     prompt = "\n\n".join([part for part in [*parts, arguments.prompt] if part])
     if not prompt and (file or arguments.prompt is not None):
         raise ValueError("the prompt is empty: give -p TEXT, -f FILE or text on stdin; on a terminal none of them starts a chat")
@@ -63,6 +64,7 @@ def load(arguments: argparse.Namespace) -> Llama:
         str(resolve_model(arguments.model)),
         n_ctx=arguments.n_ctx,
         n_gpu_layers=arguments.n_gpu_layers,
+        n_ubatch=arguments.ubatch,
         n_threads=arguments.threads,
         n_threads_batch=arguments.threads,
         seed=arguments.seed,

@@ -35,7 +35,7 @@ class _Tensor(ctypes.Structure):
 
 
 def _library() -> ctypes.CDLL:
-    ggml = ctypes.CDLL(str(_native.LIBRARY_FOLDER / "libggml-base.so"))
+    ggml = ctypes.CDLL(str(_native.LIBRARY.with_name(_native.LIBRARY.name.replace("llama", "ggml-base"))))
     ggml.ggml_get_name.restype, ggml.ggml_get_name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     ggml.ggml_op_desc.restype, ggml.ggml_op_desc.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
     ggml.ggml_nbytes.restype, ggml.ggml_nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]

@@ -397,7 +397,7 @@ asrkf_config config_parse(const std::string & text) {
         }
     }
     if (config.struct_size == 0) {
-        config = config_default(parse_choice("policy", parts[0], policy_choices));
+        config = config_default(parse_choice("policy", parts[0], (std::string(policy_choices) + "|quality|default|aggressive").c_str()));
     }
     for (size_t i = 1; i < parts.size(); ++i) {
         const size_t equals = parts[i].find('=');
