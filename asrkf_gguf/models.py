@@ -89,6 +89,15 @@ def resolve_model(name: str) -> Path:
     return path
 
 
+def header_or_model(name: str, folder: Path) -> Path:
+    """A model on the hub: its header, in `folder`, without its weights. Another: its file."""
+    if not name.startswith("hf:"):
+        return resolve_model(name)
+    from . import hub  # half a second, which only this needs
+
+    return hub.header_of(name, folder)
+
+
 def side_file_name(model_path: Path) -> str:
     return model_path.name.removesuffix(".gguf") + ".asrkf.json"
 

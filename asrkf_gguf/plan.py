@@ -23,7 +23,7 @@ from .config import FreezeConfig
 from .family import loaded_model, whole_header
 from .header import parts_of
 from .llama import with_calibration
-from .models import resolve_model
+from .models import header_or_model
 from .stats import human, read_device_memory, read_stats, types_of
 
 STAGED_TOKENS = 64  # that the staging buffer holds of each layer (STAGING_ROWS of native/store/row_mover.cpp)
@@ -167,15 +167,6 @@ def plan(
     options = [f"{name} {value}" for name, (value, default) in differs.items() if value != default]
     command = " ".join([f"asrkf run {model} -c {made.n_ctx}", *options])
     return made if made.sides[-1].refused or made.sides[-1].missing_bytes else dataclasses.replace(made, command=command)
-
-
-def header_or_model(name: str, folder: Path) -> Path:
-    """A model on the hub: its header, in `folder`, without its weights. Another: its file."""
-    if not name.startswith("hf:"):
-        return resolve_model(name)
-    from . import hub  # half a second, which only this needs
-
-    return hub.header_of(name, folder)
 
 
 def _plan(name: str, path: Path, model: Any, n_ctx: int, n_trained: int, vram: Union[int, str, None], policy: str, n_ubatch: int) -> Plan:

@@ -11,8 +11,7 @@ import llama_cpp
 
 from .. import __version__, _native
 from ..config import POLICIES, PRESETS, FreezeConfig
-from ..models import MODEL_FORMS, kv_bytes_per_token
-from ..plan import header_or_model
+from ..models import MODEL_FORMS, header_or_model, kv_bytes_per_token
 from ..stats import MIB
 
 
