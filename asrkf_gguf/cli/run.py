@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def read_prompt(arguments: argparse.Namespace) -> Optional[str]:
     """What is asked; None for a chat. ValueError if it is empty, or there is none where one is needed."""
     file = arguments.file or (None if arguments.prompt or sys.stdin.isatty() else "-")
-    parts = [(sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode("utf-8", "replace")] if file else []
+    parts = []
+    if file:  # stdin as a file: what is no UTF-8 is read all the same
+        with open(sys.stdin.fileno() if file == "-" else file, encoding="utf-8", errors="replace", closefd=file != "-") as given:
+            parts.append(given.read())
     prompt = "\n\n".join([part for part in [*parts, arguments.prompt] if part])
     if not prompt and (file or arguments.prompt is not None):
         raise ValueError("the prompt is empty: give -p TEXT, -f FILE or text on stdin; on a terminal none of them starts a chat")
@@ -64,6 +67,7 @@ def load(arguments: argparse.Namespace) -> Llama:
         str(resolve_model(arguments.model)),
         n_ctx=arguments.n_ctx,
         n_gpu_layers=arguments.n_gpu_layers,
+        n_batch=max(512, arguments.ubatch),
         n_ubatch=arguments.ubatch,
         n_threads=arguments.threads,
         n_threads_batch=arguments.threads,
