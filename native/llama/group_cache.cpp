@@ -172,8 +172,16 @@ void group_cache::write_mask(ggml_tensor * mask, const llama_ubatch & ubatch, co
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const token_set & seen = active[size_t(ubatch.seq_id[i][0])];
         auto * row = static_cast<ggml_fp16_t *>(mask->data) + size_t(i)*n_kv;
-        for (uint32_t cell = 0; cell < n_kv; cell += 8) {
-            std::memcpy(row + cell, masks[seen.word(cell / 64) >> (cell % 64) & 255].data(), sizeof(masks[0]));
+        for (uint32_t first = 0; first < n_kv; first += 64) {
+            const uint64_t bits = seen.word(first / 64);
+            const uint32_t end  = std::min(n_kv, first + 64);
+            if (bits == ~uint64_t(0)) { // most are: a pool is full
+                std::memset(row + first, 0, (end - first)*sizeof(*row));
+                continue;
+            }
+            for (uint32_t cell = first; cell < end; cell += 8) {
+                std::memcpy(row + cell, masks[bits >> (cell - first) & 255].data(), sizeof(masks[0]));
+            }
         }
         for (uint32_t j = 0; !sees_later && j < n; ++j) { // of the step's tokens of this stream
             if (ubatch.pos[i / n*n + j] > ubatch.pos[i]) {
