@@ -66,7 +66,7 @@ key_rotation rotation_of(const ggml_tensor * k) {
         is_last  = is_last && commutes(k);
         is_whole = is_whole && k->op != GGML_OP_CONCAT;
     }
-    found.is = is_whole ? key_rotation::kind::none : key_rotation::kind::other;
+    found.is = is_whole ? key_rotation::kind::none : key_rotation::kind::other; // of keys in parts, one may be turned
     return found;
 }
 

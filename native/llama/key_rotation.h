@@ -10,9 +10,9 @@ struct ggml_tensor;
 namespace asrkf {
 
 struct key_rotation {
-    enum class kind { unknown, none, rope, other }; // other: what follows the rotation does not commute with it, so keys cannot be turned on
+    enum class kind { none, rope, other }; // other: what follows the rotation does not commute with it, so keys cannot be turned on
 
-    kind                is = kind::unknown;
+    kind                is = kind::none;
     int32_t             n_dims = 0, first_dim = 0, mode = 0, n_ctx_orig = 0; // of ggml_rope_ext()
     float               freq_base = 0, freq_scale = 0, ext_factor = 0, beta_fast = 0, beta_slow = 0;
     const ggml_tensor * factors = nullptr; // of the model; null: none
