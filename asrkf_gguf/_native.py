@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -169,6 +170,7 @@ def calibrate(
     return list(sensitivities[0 : n[0]]), list(layers[0 : n[1]])
 
 
+@functools.cache
 def config_table() -> list[dict[str, Any]]:
     """The rows of the configuration table: name, kind, choices, minimum, maximum, doc."""
     rows: list[dict[str, Any]] = []

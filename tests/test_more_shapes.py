@@ -67,7 +67,7 @@ def keys(llm, kind: str = "F16", n_elements: int = 2 * 64, layer: int = 0) -> np
 
 def test_with_scaled_rope_a_shifted_key_is_that_of_its_new_position(load, rope):
     path, options = rope
-    shifted_keys_are_those_of_their_new_positions(load, path, "F16", **options)
+    check_shifted_keys(load, path, "F16", **options)
 
 
 SHAPES = {
@@ -82,13 +82,13 @@ def test_a_shifted_key_of_each_type_is_that_of_its_new_position(load, tmp_path: 
     """Quantised keys are stored rotated where a head's size allows that; upstream's shift then dies, or turns the wrong elements."""
     write_tiny(tmp_path / "model.gguf", **SHAPES[shape])
     type_kv = int(gguf.GGMLQuantizationType[kind])
-    shifted_keys_are_those_of_their_new_positions(load, str(tmp_path / "model.gguf"), kind, type_k=type_kv, type_v=type_kv)
+    check_shifted_keys(load, str(tmp_path / "model.gguf"), kind, type_k=type_kv, type_v=type_kv)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_shifted_key_of_each_architecture_is_that_of_its_new_position(load, tmp_path: Path, arch):
     write_tiny(tmp_path / "model.gguf", arch=arch, **ARCHITECTURES[arch])
-    shifted_keys_are_those_of_their_new_positions(load, str(tmp_path / "model.gguf"), "F16")
+    check_shifted_keys(load, str(tmp_path / "model.gguf"), "F16")
 
 
 def test_layers_whose_keys_have_no_position_keep_them(load, tmp_path: Path):
@@ -115,7 +115,7 @@ def test_keys_with_more_than_a_rotation_behind_them_are_not_shifted(load, tmp_pa
         llm.eval([1])
 
 
-def shifted_keys_are_those_of_their_new_positions(load, path: str, kind: str, **options) -> None:
+def check_shifted_keys(load, path: str, kind: str, **options) -> None:
     llm = load(path, kv_policy="asrkf,layers=shared,window=64", kv_pool=512, n_ctx=512, **options)
     n_elements = llm.n_embd() // 2
     llm.eval(tokens(N_TOKENS, 1))
@@ -129,8 +129,8 @@ def shifted_keys_are_those_of_their_new_positions(load, path: str, kind: str, **
     llm.eval(tokens(N_TOKENS, 1)[:50] + tokens(N_TOKENS, 1)[150:])
     expected = keys(llm, kind, n_elements)
     largest = np.abs(expected).max()
-    assert np.abs(found - expected).max() < {"F16": 2e-3, "BF16": 0.01, "Q8_0": 0.02, "Q4_0": 0.3}[kind] * largest  # rounded twice
-    assert np.abs(before[150:] - expected[50:]).max() > 0.1 * largest  # so it is the shift that makes them equal
+    assert np.abs(found - expected).max() < {"F16": 2e-3, "BF16": 0.01, "Q8_0": 0.02, "Q4_0": 0.2}[kind] * largest  # rounded twice
+    assert np.abs(before[150:] - expected[50:]).max() > 0.35 * largest  # so it is the shift that makes them equal
 
 
 @pytest.mark.parametrize("rope", ["plain", "factors"], indirect=True)

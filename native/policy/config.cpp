@@ -385,19 +385,21 @@ asrkf_config config_default(int32_t policy) {
 }
 
 // The default policy with a part of the bytes that a full F16 cache of the served layers takes.
-static const struct { const char * name; float f16_percent; } presets[] = { { "aggressive", 12.5f }, { "default", 33.3f }, { "quality", 50 } };
+static const struct { const char * name; float f16_percent; } presets[] = { { "quality", 50 }, { "default", 33.3f }, { "aggressive", 12.5f } };
 
 asrkf_config config_parse(const std::string & text) {
     const auto parts = split(text, ',');
     asrkf_config config = {};
+    std::string policies = policy_choices;
     for (const auto & preset : presets) {
+        policies += format("|%s", preset.name);
         if (parts[0] == preset.name) {
             config = config_default(ASRKF_POLICY_ASRKF);
             config.pool_f16_percent = preset.f16_percent;
         }
     }
     if (config.struct_size == 0) {
-        config = config_default(parse_choice("policy", parts[0], (std::string(policy_choices) + "|quality|default|aggressive").c_str()));
+        config = config_default(parse_choice("policy", parts[0], policies.c_str()));
     }
     for (size_t i = 1; i < parts.size(); ++i) {
         const size_t equals = parts[i].find('=');
